@@ -1,0 +1,2840 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+# file_replicator: one file that keeps a directory on another computer the same as one here.
+# It travels alone: copy it anywhere, read it, run it. The README and the tests are where you had it from.
+#
+# /// script
+# requires-python = ">=3.8"
+# dependencies = ["inotify_simple"]
+# ///
+"""Keeps a directory on another computer the same as one here, over any command that reaches a shell there.
+
+    SRC_DIR ── look ──> local: Tree ─┐
+                  ▲                  ├── plan ──> [Step] ── records ══ connection ══> receiver ──> replica
+    inotify ── hints                 │                                    ║
+                        remote: Tree ┘ <───────────── answers ════════════╝
+
+`local` is what stands here, as it was last looked at. `remote` is what stands over there. Everything this program does
+is to make the second equal to the first. An event only says where to look again; what is sent follows from comparing
+the two trees. So new directories, renames, events that were lost, a connection that broke and a container that was
+made anew are one and the same case, with more or fewer paths to look at.
+
+Read from the top: the receiver is all that runs over there. The program itself is `replicate`, in section 8; sections
+2, 5 and 6 touch nothing, no clock, no disk and no process.
+"""
+
+import argparse
+import collections
+import errno
+import fcntl
+import functools
+import itertools
+import os
+import queue
+import re
+import select
+import shlex
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from typing import (Any, Callable, Collection, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Pattern,
+                    Sequence, Set, Tuple)
+
+__version__ = '1.0'
+
+# ==== 1. The receiver: what runs on the other computer ========================================================
+#
+# A record is a header line, path lines, a line with a length, that many bytes, and if there are any, a marker line:
+#
+#     VERB NUMBER COUNT WORDS...     COUNT paths follow, each a line (see get for a name that holds a newline)
+#     ./path
+#     LENGTH
+#     bytes, then NONCE. and a newline
+#
+#     verb    words                    paths, bytes                   what it does
+#     probe                            0                              makes the staging, says what this side can do
+#     stage                            0                              makes the staging
+#     rest                             0                              removes it
+#     file    umask mode time name     1, the file's or none          replaces a file, in one rename
+#     part    where name               0, a part of a large file      goes to a staged file
+#     base    name blocks size         1                              stages what stands there, says its block sums
+#     drop    name                     0                              forgets a staged file
+#     dir     umask                    1                              makes a directory
+#     link    time                     2: its target and a dot, path  replaces a symbolic link
+#     meta    mode time                1 or more                      sets them; - is neither
+#     remove                           1 or more                      removes files and links
+#     rmdir                            1 or more                      removes empty directories
+#     move                             2: from, to                    renames
+#     bulk    tar or script            directories, an archive        many small files, directories and links
+#     clean                            0                              empties the replica
+#     hook                             0, names                       runs --remote-hook
+#     beat                             0                              nothing: is anybody there?
+#
+# The answer is a line `NONCE NUMBER CODE`: 0 done, 1 failed, 2 not as it was listed. Lines before it that do not begin
+# with the nonce say why; `NONCE + ...` are values. The nonce is new each time, so no name and no file's bytes can be
+# taken for an answer or a marker. First come `NONCE ready`, a listing (see list), and `NONCE listed`.
+
+RECEIVER = r'''# What file_replicator.py runs on the far side: functions only; one call of main is appended.
+# The rules it keeps: no byte of the stream is left over or taken too much, whatever fails; nothing outside the
+# replica is written; nothing is put in place before its last byte is here. A process costs half a millisecond,
+# a builtin a hundredth of that, so the common paths are mostly builtins.
+
+# Answers record $1: 0 done, 1 failed (why stands in the lines before), 2 the far side is not as it was listed.
+answer() { echo "$nonce $1 $2"; }
+
+# Says why this session cannot go on, and ends it.
+stop() { echo "$nonce stop $1"; exit 1; }
+
+# Ends the session. The staging goes, and with it whatever was half-way; the root gets its time back.
+leave() {
+  trap - 0 HUP INT TERM PIPE
+  [ -z "$temp" ] || rm -f "$temp"
+  if [ -n "$staged" ] && [ -d "$stage" ]; then
+    rm -rf "$stage"
+    [ -z "$root_time" ] || "$touch" -d "@$root_time" .
+  fi
+  exit 0
+}
+
+# Sets p to the path that comes next. A line that ends in / goes on in the next one: that is how a name holds a
+# newline, since no path we are sent ends in /.
+get() {
+  p=
+  while IFS= read -r line || leave; do
+    case $line in
+      */) p=$p${line%/}$newline ;;
+      *) p=$p$line; return ;;
+    esac
+  done
+}
+
+# Prints exactly $1 bytes of the stream. busybox's and toybox's head read too much, dd without fullblock stops at
+# a short read, and short reads are the normal case behind ssh and docker; so probe picks one that is exact here.
+take() {
+  case $taker in
+    1) dd ibs=65536 obs=65536 count="$1" iflag=count_bytes,fullblock status=none ;;
+    2) dd ibs=65536 obs=65536 count="$1" iflag=count_bytes,fullblock 2>/dev/null ;;
+    3) head -c "$1" ;;
+    4) dd ibs=65536 obs=65536 count=$(($1 / 65536)) iflag=fullblock 2>/dev/null
+       [ $(($1 % 65536)) = 0 ] || dd ibs=$(($1 % 65536)) obs=65536 count=1 iflag=fullblock 2>/dev/null ;;
+    5) dd ibs=65536 obs=65536 count="$1" iflag=count_bytes 2>/dev/null ;;
+    *) dd ibs=1 obs=65536 count="$1" 2>/dev/null ;;
+  esac
+}
+
+# True if the bytes of this record ended where they should. Where something stopped reading them early (a full
+# disk, a tar that gave up), the rest is passed over up to the marker: a file's bytes must never be taken for
+# records. A connection that ends here ends the session, so half a record is never acted on.
+settle() {
+  IFS= read -r line || leave
+  [ "$line" != "$nonce." ] || return 0
+  while :; do
+    case $line in *"$nonce.") return 1 ;; esac
+    IFS= read -r line || leave
+  done
+}
+
+# Passes over the bytes of a record that cannot be used.
+skip() { [ "$length" = 0 ] || { take "$length" >/dev/null; settle; }; }
+
+# Appends the bytes of this record to the file $1. True if all of them are there.
+store() {
+  opened='' took=''
+  { opened=1; if [ "$length" = 0 ] || take "$length"; then took=1; fi; } >>"$1"
+  [ -n "$opened" ] || { skip; return 1; }
+  { [ "$length" = 0 ] || settle; } && [ -n "$took" ]
+}
+
+# True if everything above the path $1 is a directory and none of it a link: nothing is written, moved or removed
+# through a link. RACE: somebody over there may put a link in after this looked; whoever can do that can write
+# in the replica already, and what we then write lands where the link leads.
+solid() {
+  above=${1%/*}
+  [ "$above" != "$checked" ] || return 0
+  walked=. rest=${above#.}
+  while [ -n "$rest" ]; do
+    rest=${rest#/}
+    walked=$walked/${rest%%/*}
+    case $rest in */*) rest=/${rest#*/} ;; *) rest= ;; esac
+    if [ -h "$walked" ] || [ ! -d "$walked" ]; then echo "what is above it is no directory"; return 1; fi
+  done
+  checked=$above
+}
+
+# True if there is something at $1, a link that leads nowhere too.
+stands() { [ -e "$1" ] || [ -h "$1" ]; }
+
+# Makes way at $1 for what is no directory: mv and ln would go into a directory, or through a link to one.
+clear_way() {
+  if [ -h "$1" ]; then rm -f "$1"; elif [ -d "$1" ]; then rmdir "$1"; fi
+}
+
+# Puts the staged $1 at $2, in one rename. A file that is a mount point cannot be renamed over: it is written.
+put() {
+  ! [ -d "$2" ] || clear_way "$2" || { rm -f "$1"; return 1; }
+  mv -f "$1" "$2" 2>/dev/null && return
+  said=$(mv -f "$1" "$2" 2>&1) && return
+  case $said in *[Bb]usy*) [ -f "$2" ] && [ ! -h "$2" ] && cat "$1" >"$2" && rm -f "$1" && return ;; esac
+  echo "$said"
+  rm -f "$1"
+  return 1
+}
+
+# Sets the mode $1 and the time $2 (either may be -) of the rest. A far side that refuses has said so; the bytes
+# are there all the same, and not readable for more than they should be, since the umask saw to that.
+stamp() {
+  stamp_mode=$1 stamp_time=$2
+  shift 2
+  [ "$stamp_mode" = - ] || chmod "$stamp_mode" "$@"
+  [ "$stamp_time" = - ] || "$touch" -c -h -d "@$stamp_time" "$@"
+  return 0
+}
+
+# ---- one function for each record; w1 to w4 are the words of its header, the arguments its paths
+
+# file UMASK MODE TIME NAME: replaces what is at the path by the bytes (NAME is -), or by the staged file NAME. It is made
+# beside its place, under a name of ours, so that it gets there by a rename on whatever file system that is; the umask
+# has it readable for nobody who may not read it in the end.
+do_file() {
+  solid "$1" || { skip; return 2; }
+  umask "$w1"
+  temp=${1%/*}/$mark
+  if [ "$w4" = - ]; then store "$temp"; else mv -f "$stage/$w4" "$temp"; fi || { rm -f "$temp"; return 1; }
+  [ "$w2" = - ] || chmod "$w2" "$temp"
+  put "$temp" "$1" && stamp - "$w3" "$1"
+}
+
+# part SEEK NAME: the bytes go to the staged file NAME: make it (SEEK is +), to its end (-), or SEEK times 64 KiB into
+# it. After a part that failed there is no such file, so neither the parts behind it nor the file can succeed.
+do_part() {
+  umask 077
+  if [ "$w1" = + ]; then rm -f "$stage/$w2"; elif ! [ -f "$stage/$w2" ]; then skip; echo "its staging is gone"; return 1; fi
+  case $w1 in
+    [+-]) store "$stage/$w2" && return ;;
+    *) take "$length" | dd ibs=65536 obs=65536 seek="$w1" conv=notrunc of="$stage/$w2" 2>/dev/null
+       took=$?
+       settle && [ "$took" = 0 ] && return ;;
+  esac
+  rm -f "$stage/$w2"
+  return 1
+}
+
+# base NAME BLOCKS SIZE: stages what stands at the path as NAME, BLOCKS blocks of SIZE bytes, and says each one's sum.
+# The sums are of the bytes as they were staged, so a change over there meanwhile cannot be patched wrongly.
+do_base() {
+  solid "$1" && [ -f "$1" ] && [ ! -h "$1" ] || return 2
+  umask 077
+  blocks=$w2
+  while [ "$blocks" -gt 0 ]; do
+    printf '%s + ' "$nonce"
+    take "$w3" | tee -a "$stage/$w1" | "$sum"
+    blocks=$((blocks - 1))
+  done <"$1"
+}
+
+# drop NAME: forgets the staged file NAME.
+do_drop() { rm -f "$stage/$w1"; }
+
+# dir UMASK: makes directories. What is in the way and is none goes.
+do_dir() {
+  umask "$w1"
+  for p; do
+    solid "$p" || return 2
+    if [ -h "$p" ] || { [ -e "$p" ] && [ ! -d "$p" ]; }; then rm -f "$p" || return 1; fi
+    [ -d "$p" ] || mkdir "$p" || return 1
+  done
+}
+
+# link TIME: the first path, less the dot at its end, is where the second shall lead.
+do_link() {
+  solid "$2" || return 2
+  temp=${2%/*}/$mark
+  ln -s "${1%.}" "$temp" && put "$temp" "$2" && stamp - "$w1" "$2"
+}
+
+# meta MODE TIME: sets them, for paths that are there.
+do_meta() {
+  for p; do
+    solid "$p" && stands "$p" || return 2
+    [ "$w1" = - ] || [ ! -h "$p" ] || return 2
+    [ "$p" != . ] || root_time=$w2
+  done
+  stamp "$w1" "$w2" "$@"
+}
+
+# remove: what is no directory. Gone already is as good.
+do_remove() {
+  for p; do
+    shift
+    if solid "$p" >/dev/null && stands "$p"; then set -- "$@" "$p"; fi
+  done
+  [ $# = 0 ] || rm -f "$@"
+}
+
+# rmdir: directories, the deepest first, or what else may stand there. One that holds what is not ours stays.
+do_rmdir() {
+  for p; do
+    shift
+    if ! solid "$p" >/dev/null || ! stands "$p"; then continue; fi
+    if [ -h "$p" ] || [ ! -d "$p" ]; then rm -f "$p" || return 1; else set -- "$@" "$p"; fi
+  done
+  [ $# = 0 ] || rmdir "$@"
+}
+
+# move: the first path becomes the second, with all that is in it.
+do_move() {
+  solid "$1" && solid "$2" && stands "$1" || return 2
+  ! [ -d "$2" ] || clear_way "$2" || return 1
+  mv -f "$1" "$2"
+}
+
+# bulk KIND: an archive (tar), or lines that write the same files (script), of b/1/..., b/2/...: what is in b/N
+# belongs in the directory that is the Nth path. All is staged, then moved, so each file is replaced at once.
+do_bulk() {
+  for p; do solid "$p/." || { skip; return 2; }; done
+  umask 022
+  if [ "$w1" = tar ]; then
+    take "$length" | (cd "$stage" && umask 0 && "$tar" xpof - 2>&1)
+    took=$?
+    settle || took=1
+  else
+    # shellcheck disable=SC1091 # s is what was just stored
+    store "$stage/s" && (cd "$stage" && failed=0 && . ./s && [ "$failed" = 0 ])
+    took=$?
+  fi
+  [ "$took" = 0 ] || { rm -rf "$stage/b" "$stage/s"; return 1; }
+  number=0 failed=0
+  for p; do
+    number=$((number + 1))
+    into "$p" "$stage/b/$number"/* || failed=1
+    into "$p" "$stage/b/$number"/.[!.]* || failed=1
+    into "$p" "$stage/b/$number"/..?* || failed=1
+  done
+  rm -rf "$stage/b" "$stage/s"
+  return $failed
+}
+
+# Moves the rest into the directory $1. A pattern that matched nothing has stayed itself, and is no file.
+into() {
+  directory=$1
+  shift
+  ! stands "$1" || mv -f "$@" "$directory/"
+}
+
+# hook: runs the command the session was given for it; its standard input is the bytes of this record, not the stream.
+do_hook() {
+  rm -f "$stage/hook"
+  store "$stage/hook" || return 1
+  (trap - 0 HUP INT TERM PIPE; umask 022; exec sh -c "$hook" <"$stage/hook") || { echo "exit status $?"; return 1; }
+}
+
+# clean: empties the replica, but for our staging. What is mounted in it stays.
+do_clean() {
+  find . -xdev -type d ! -perm -700 -exec chmod u+rwx {} + 2>/dev/null
+  find . -xdev ! -type d ! -path "$stage/*" -exec rm -f {} +
+  find . -xdev -depth -type d ! -name . ! -path "$stage" ! -path "$stage/*" -exec rmdir {} + 2>/dev/null
+  return 0
+}
+
+# beat: nothing, to see whether the connection lives.
+do_beat() { :; }
+
+# stage: makes the staging, for what is put together there before it takes its place. Another session's goes: a connection
+# that was given up may still have bytes on the way, and without its staging its receiver ends instead of writing them.
+do_stage() {
+  [ -z "$staged" ] || return 0
+  for old in ./.file_replicator.????????????; do
+    [ ! -d "$old" ] || [ -h "$old" ] || rm -rf "$old"
+  done
+  umask 077
+  mkdir "$stage" && staged=1
+}
+
+# rest: removes the staging, until there is more to do.
+do_rest() {
+  staged=''
+  rm -rf "$stage"
+}
+
+# probe: makes the staging and says what this side can do, found out by use.
+do_probe() {
+  do_stage || return 1
+  for taker in 1 2 3 4 5 6; do
+    dd if=/dev/zero bs=70001 count=1 2>/dev/null | { take 70000 2>/dev/null | wc -c; wc -c; } |
+      { read -r a && read -r b && [ "$a$b" = 700001 ]; } && break
+  done
+  mkdir "$stage/p" || return 1
+  echo probe >"$stage/p/p" || return 1
+  fine=fine
+  if ! touch -d @1.5 "$stage/p" 2>/dev/null; then
+    if find_tool touch && "$found" -d @1.5 "$stage/p" 2>/dev/null; then touch=$found; else fine=whole; fi
+  fi
+  touch -d @1 "$stage/p"
+  ! find_tool tar || tar=$found
+  can=script
+  if (cd "$stage" && "$tar" cf - p | { mkdir x && cd x && "$tar" xpof - && [ -s p/p ]; }) 2>/dev/null; then
+    can='tar'
+    [ "$(stat -c %Y "$stage/x/p")" != 1 ] || can=tar+
+  fi
+  for sum in sha256sum sha1sum md5sum -; do ! "$sum" </dev/null >/dev/null 2>&1 || break; done
+  rm -rf "$stage/x" "$stage/p"
+  echo "$nonce + $can $fine $sum $taker"
+}
+
+# Sets found to the file of the tool $1 in PATH. A standalone busybox uses its own tools and never looks there, but
+# GNU's find and touch know fractions of a second and its tar sets them.
+find_tool() {
+  rest=$PATH:
+  while [ -n "$rest" ]; do
+    found=${rest%%:*}/$1
+    rest=${rest#*:}
+    [ ! -x "$found" ] || return 0
+  done
+  return 1
+}
+
+# Lists the replica: kind, mode, size, time, file system, path, two slashes, where a link leads. The arguments are
+# find's, for what is left out.
+list() {
+  find_tool find || found="find"
+  if "$found" . -maxdepth 0 -printf '' 2>/dev/null; then
+    "$found" . "$@" -printf "$nonce %y %m %s %T@ %D %p//%l.\n"
+  else
+    find . "$@" ! -type l -exec stat -c "$nonce x%f - %s %Y %d %n//." {} +
+    # shellcheck disable=SC2016 # the inner shell expands it
+    find . "$@" -type l -exec sh -c 'for l; do
+      printf "%s %s %s//%s\n" "$0" "$(stat -c "x%f - %s %Y %d" "$l")" "$l" "$(readlink -n "$l"; echo .)"
+    done' "$nonce" {} +
+  fi 2>/dev/null
+}
+
+# Lists the sums of all files.
+list_sums() {
+  for sum in sha256sum sha1sum md5sum -; do ! "$sum" </dev/null >/dev/null 2>&1 || break; done
+  echo "$nonce sums $sum"
+  find . "$@" -type f -exec "$sum" {} + 2>/dev/null
+}
+
+# True if nothing is in the replica.
+empty() { for p in * .[!.]* ..?*; do ! stands "./$p" || return 1; done; }
+
+# The session: $1 what to run it with, $2 the nonce all answers begin with, $3 the replica, $4 the letters of what it
+# may do, $5 the remote hook, the rest for list.
+main() {
+  newline='
+'
+  IFS=" $newline"
+  set +e +u +C
+  LC_ALL=C
+  export LC_ALL
+  unset CDPATH TAR_OPTIONS
+  PATH=${PATH:-/bin}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+  # A busybox that needs no process for its tools is four times as fast as any other shell, dash a little faster.
+  if [ "$1" != - ]; then
+    # shellcheck disable=SC2016
+    lean='PATH=/nonexistent; dd </dev/null && [ "$(stat -c %s /)" ] && mv --help && command -v touch find rm tee wc'
+    ! busybox sh -c "$lean" >/dev/null 2>&1 || exec busybox sh -c "$1" -
+    ! command -v dash >/dev/null || exec dash -c "$1" -
+    exec sh -c "$1" -
+  fi
+  nonce=$2 root=$3 flags=$4 hook=$5
+  shift 5
+  stage=./.file_replicator.$nonce mark=.file_replicator.$nonce-new staged='' temp='' root_time='' touch='touch' tar='tar'
+  exec 2>&1
+  if [ -h "$root" ] || [ ! -d "$root" ]; then
+    case $flags in *d*) echo; echo "$nonce ready"; echo "$nonce listed"; exit ;; esac
+    ! stands "$root" || rm -f "$root" || stop "cannot replace it"
+    mkdir -p "$root" || stop "cannot make the directory"
+  fi
+  cd "$root" || stop "cannot enter the directory"
+  root=$(pwd -P)
+  case $flags in
+    *g*) case $root/ in //) stop "that is the whole file system" ;; esac
+         case ${HOME:-/}/ in "$root"/*) stop "that is or holds the home directory over there" ;; esac ;;
+  esac
+  trap leave 0 HUP INT TERM PIPE
+  echo
+  echo "$nonce ready"
+  case $flags in *d*) ;; *) ! empty || do_probe || stop "cannot write there" ;; esac
+  list "$@"
+  case $flags in *c*) list_sums "$@" ;; esac
+  echo "$nonce listed"
+  while read -r verb id count w1 w2 w3 w4; do
+    set --
+    while [ "$count" -gt 0 ]; do
+      get
+      set -- "$@" "$p"
+      count=$((count - 1))
+    done
+    read -r length || leave
+    [ -z "$staged" ] || [ -d "$stage" ] || stop "its staging was taken away"
+    checked='' temp=''
+    "do_$verb" "$@"
+    answer "$id" $?
+  done
+  leave
+}
+'''
+
+
+# ==== 2. Words ================================================================================================
+
+BULK_BYTES = 1 << 20            # a slice of the backlog, and the largest file that travels whole
+BULK_PATHS = 1000
+LIST_PATHS = 128                # paths in one remove, rmdir, dir or meta record
+BLOCK = 1 << 16                 # parts of a large file begin at multiples of this
+PIPE_BYTES = 1 << 20            # asked of the kernel for the pipes to the connection command
+WINDOW_BYTES = 4 << 20          # on the way and not answered; grows and shrinks with how long answers take
+READY_SECONDS = 40              # for the far side to answer at all
+BEAT_SECONDS, SILENT_SECONDS = 12, 25   # idle before a heartbeat, waiting before a connection is given up
+QUIET_SECONDS = 0.2             # without another write before a file that is still open is sent,
+OPEN_SECONDS, NEW_SECONDS = 0.9, 5      # but no longer than this: known files, files never sent
+RETRY_SECONDS, RETRY_MOST_SECONDS = 1, 30
+POLL_SECONDS = 2                # between two looks at everything, where there is no inotify
+STAGING = re.compile(r'\.file_replicator\.[0-9a-f]{12}(-new)?')
+
+META, LOOK, CONTENT = 1, 2, 3   # what a hint says: the mode or time changed; look; bytes changed (or: look below)
+
+
+class Stop(Exception):
+    """The program cannot go on; the text is the message."""
+
+
+class Lost(Exception):
+    """This connection cannot go on; the text says why. Another may."""
+
+
+class Entry(NamedTuple):
+    """What stands at a path."""
+    kind: str                   # 'f', 'd', 'l', or '?': something of ours may stand there, or not
+    mode: int = 0               # permission bits, 0 to 0o7777
+    size: int = 0               # bytes; 0 for all but files
+    mtime_ns: Optional[int] = None      # None: not known, so different from any
+    target: str = ''            # where a link leads
+    inode: Optional[Tuple[int, int]] = None     # device and inode here; None: seen only over there
+
+
+UNKNOWN = Entry('?')
+
+
+class Step(NamedTuple):
+    """One change to the replica."""
+    verb: str                   # dir, file, link, meta, remove, rmdir, move
+    path: str
+    entry: Optional[Entry]      # what stands there afterwards; None for nothing
+    detail: str = ''            # move: from where; meta: 'm' the mode, 't' the time, 'mt' both
+
+
+class Tree:
+    """What stands below a directory: paths are relative to it, '' is itself. Each lookup costs the same, however
+    large the tree; a subtree costs what is in it."""
+
+    def __init__(self):
+        self.root: Optional[Entry] = None
+        self.folders: Dict[str, Dict[str, Entry]] = {'': {}}       # directory: {name: entry}
+
+    def get(self, path: str) -> Optional[Entry]:
+        if not path:
+            return self.root
+        above, _, name = path.rpartition('/')
+        names = self.folders.get(above)
+        return names.get(name) if names else None
+
+    def put(self, path: str, entry: Optional[Entry]) -> None:
+        """Sets what stands at a path whose directory is in the tree; elsewhere it does nothing. What was below
+        stays only below a directory."""
+        if not path:
+            self.root = entry
+            return
+        above, _, name = path.rpartition('/')
+        names = self.folders.get(above)
+        if names is None:
+            return
+        if path in self.folders and (entry is None or entry.kind != 'd'):
+            for gone in [path, *(below for below in self.below(path) if below in self.folders)]:
+                del self.folders[gone]
+        if entry is None:
+            names.pop(name, None)
+        else:
+            names[name] = entry
+            if entry.kind == 'd':
+                self.folders.setdefault(path, {})
+
+    def below(self, top: str) -> Iterator[str]:
+        """Every path below a directory, sorted within each, what is above before what is in it."""
+        stack = [iter(sorted(self.folders.get(top, ())))]
+        prefixes = [top + '/' if top else '']
+        while stack:
+            name = next(stack[-1], None)
+            if name is None:
+                stack.pop()
+                prefixes.pop()
+                continue
+            path = prefixes[-1] + name
+            yield path
+            if path in self.folders:
+                stack.append(iter(sorted(self.folders[path])))
+                prefixes.append(path + '/')
+
+    def move(self, old: str, new: str) -> None:
+        """Renames, with all that is below."""
+        entry = self.get(old)
+        taken = {path: self.folders[path] for path in [old, *self.below(old)] if path in self.folders}
+        self.put(old, None)
+        self.put(new, entry)
+        if new in self.folders:
+            self.folders.update((new + path[len(old):], names) for path, names in taken.items())
+
+    def is_directory(self, path: str) -> bool:
+        return path in self.folders
+
+
+def parent(path: str) -> str:
+    return path.rpartition('/')[0]
+
+
+def shown(path: str) -> str:
+    """A path for people: what a terminal could take for a command is escaped, whatever the locale."""
+    return ''.join(c if c.isprintable() and c != '\\' else
+                   '\\x%02x' % (ord(c) - 0xdc00) if 0xdc80 <= ord(c) <= 0xdcff else
+                   c.encode('unicode_escape').decode() for c in path) or '.'
+
+
+# ==== 3. What is left out =====================================================================================
+
+def pattern_regex(pattern: str) -> Tuple[Pattern, bool]:
+    """The expression that whole paths match, and whether only directories do. Raises ValueError for an empty one."""
+    only_directories = pattern.endswith('/')
+    body = pattern.rstrip('/')
+    anchored = '/' in body
+    body = body.lstrip('/')
+    if not body:
+        raise ValueError('an empty pattern')
+    out, i = '', 0
+    while i < len(body):
+        c = body[i]
+        if body.startswith('**/', i) and (i == 0 or body[i - 1] == '/'):
+            out, i = out + '(?:.*/)?', i + 3
+        elif body.startswith('**', i):
+            out, i = out + '.*', i + 2
+        elif c == '[' and ']' in body[i + 2:]:
+            end = body.index(']', i + 2)
+            inside = body[i + 1:end].replace('\\', '\\\\').replace('[', '\\[')
+            if inside[0] in '!^':
+                inside = '^/' + inside[1:]
+            out, i = out + '(?!/)[' + inside + ']', end + 1
+        else:
+            out, i = out + {'*': '[^/]*', '?': '[^/]'}.get(c, re.escape(c)), i + 1
+    return re.compile(('' if anchored else '(?:.*/)?') + out, re.DOTALL), only_directories
+
+
+class Git:
+    """Asks git what it ignores in one work tree, or in a directory that is in none."""
+
+    def __init__(self, top: str):
+        self.top = os.path.abspath(top)
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith('GIT_') or k == 'GIT_CONFIG_GLOBAL'}
+        self.environment['LC_ALL'] = 'C'
+        self.throwaway: Optional[str] = None
+        self.asking: Optional[subprocess.Popen] = None
+        self.directory = self.find_git_directory()
+        if self.directory is None:
+            self.use_throwaway()
+
+    def find_git_directory(self) -> Optional[str]:
+        at = self.top
+        while True:
+            git = os.path.join(at, '.git')
+            if os.path.isdir(git):
+                return git
+            if os.path.isfile(git):         # a linked work tree or a submodule
+                with open(git, errors='surrogateescape') as file:
+                    return os.path.join(at, file.read().partition('gitdir: ')[2].strip())
+            if at == os.path.dirname(at):
+                return None
+            at = os.path.dirname(at)
+
+    def use_throwaway(self) -> None:
+        """Git reads a .gitignore only where there is a repository: here is an empty one, elsewhere."""
+        import atexit
+        import shutil
+        import tempfile
+        self.throwaway = tempfile.mkdtemp(prefix='file_replicator.git.')
+        atexit.register(shutil.rmtree, self.throwaway, True)
+        for name in ('objects', 'refs'):
+            os.mkdir(os.path.join(self.throwaway, name))
+        with open(os.path.join(self.throwaway, 'HEAD'), 'w') as file:
+            file.write('ref: refs/heads/none\n')
+        self.environment.update(GIT_DIR=self.throwaway, GIT_WORK_TREE=self.top)
+
+    def run(self, *words: str) -> bytes:
+        try:
+            done = subprocess.run(['git', '-C', self.top, *words], env=self.environment, stdin=subprocess.DEVNULL,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        except OSError as error:
+            raise Stop('cannot run git, which says what to leave out: %s; install it, or use --no-gitignore'
+                       % error.strerror)
+        if done.returncode and b'not a git repository' in done.stderr and not self.throwaway:
+            self.use_throwaway()
+            return self.run(*words)
+        if done.returncode:
+            raise Stop('git cannot say what to leave out of %s: %s; mend that, or use --no-gitignore'
+                       % (shown(self.top), shown(os.fsdecode(done.stderr).strip().replace('\n', ' '))))
+        return done.stdout
+
+    def ignored(self) -> Iterator[str]:
+        """What git leaves out, relative to the top; of an ignored directory that holds nothing tracked only itself."""
+        self.close()                # its index and rules are those of when it was started
+        out = self.run('ls-files', '--others', '--ignored', '--exclude-standard', '--directory', '-z')
+        return (os.fsdecode(path).rstrip('/') for path in out.split(b'\0') if path)
+
+    def ignores(self, paths: List[str]) -> List[bool]:
+        """Whether git leaves out each of these new paths, relative to the top: one process answers all through."""
+        answers: List[bool] = []
+        try:
+            if self.asking is None:
+                self.asking = subprocess.Popen(
+                    ['git', '-C', self.top, 'check-ignore', '-z', '--stdin', '--verbose', '--non-matching'],
+                    env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            for path in paths:
+                self.asking.stdin.write(os.fsencode(path) + b'\0')
+                self.asking.stdin.flush()
+                answer, fields = b'', 0
+                while fields < 4:       # source, line, pattern, path
+                    answer += self.asking.stdout.read1(65536) or b'\0\0\0\0'
+                    fields = answer.count(b'\0')
+                pattern = answer.split(b'\0')[2]
+                matched = bool(pattern) and not pattern.startswith(b'!')
+                if matched and self.run('ls-files', '-z', '--', ':(literal)' + path):
+                    matched = False     # it holds what is tracked
+                answers.append(matched)
+        except OSError:                 # it ends at a path in a submodule, or behind a link: those are not its to judge
+            pass
+        if len(answers) < len(paths) or self.asking.poll() is not None:
+            self.close()
+        return answers + [False] * (len(paths) - len(answers))
+
+    def close(self) -> None:
+        if self.asking:
+            self.asking.stdin.close()
+            self.asking.stdout.close()
+            self.asking.wait()
+            self.asking = None
+
+
+class LeftOut:
+    """What is not replicated: by --exclude, and by git where it is asked to say."""
+
+    def __init__(self, root: str, patterns: Sequence[str], ask_git: bool):
+        self.root = root
+        self.patterns = [(pattern, *pattern_regex(pattern)) for pattern in patterns]
+        self.ask_git = ask_git
+        self.git: Dict[str, Git] = {}       # the top of each work tree below the root: what knows it
+        self.ignored: Set[str] = set()
+        self.has_git = any(os.access(os.path.join(d, 'git'), os.X_OK) for d in os.get_exec_path())
+
+    def refresh(self) -> bool:
+        """Asks git anew about everything. True if the answer is another than before. Raises Stop."""
+        before, self.ignored = self.ignored, set()
+        if self.ask_git and self.has_git:
+            for top in list(self.git) or ['']:
+                if not top or os.path.lexists(os.path.join(self.root, top, '.git')):
+                    self.add_work_tree(top)
+                else:
+                    self.git.pop(top).close()
+        if '.' in self.ignored:
+            raise Stop('git ignores all of %s; --no-gitignore replicates it' % shown(self.root))
+        return before != self.ignored
+
+    def add_work_tree(self, top: str) -> None:
+        git = self.git.get(top) or Git(os.path.join(self.root, top))
+        self.git[top] = git
+        self.ignored.update((top + '/' + path if top else path) for path in git.ignored())
+
+    def enter(self, directory: str, names: Collection[str]) -> None:
+        """Takes note of the directory's own repository, or rules that nothing here could read. Raises Stop."""
+        if self.ask_git and not self.has_git and '.gitignore' in names:
+            raise Stop('%s is there, but git, which would read it, is not; install git, or use --no-gitignore'
+                       % shown(os.path.join(directory, '.gitignore')))
+        if self.ask_git and directory and '.git' in names and directory not in self.git:
+            self.add_work_tree(directory)
+
+    def excludes(self, path: str, is_directory: bool) -> bool:
+        """By pattern. RACE: none, patterns never change."""
+        return any(regex.fullmatch(path) and (is_directory or not only_directories)
+                   for _, regex, only_directories in self.patterns)
+
+    def __call__(self, path: str, is_directory: bool) -> bool:
+        """Whether a path is left out, as far as git was last asked."""
+        return (path in self.ignored or self.ask_git and (path == '.git' or path.endswith('/.git'))
+                or bool(self.patterns) and self.excludes(path, is_directory))
+
+    def ask(self, paths: List[str], gone: bool = False) -> None:
+        """Asks git about paths it was not asked about before. Of those that are gone here (they stand over there)
+        git cannot tell a directory from a file, but it can for what would be in it."""
+        if not self.git:
+            return
+        tops = sorted(self.git, key=len, reverse=True)
+        by_top: Dict[str, List[str]] = {}
+        for path in paths:
+            top = next(top for top in tops if not top or path.startswith(top + '/'))
+            by_top.setdefault(top, []).append(path)
+        for top, group in by_top.items():
+            inside = [path[len(top) + 1:] if top else path for path in group]
+            self.ignored.update(path for path, out in zip(group, self.git[top].ignores(inside)) if out)
+            if gone:
+                probes = [path + '/.' + '\x7f' for path in inside]
+                self.ignored.update(path for path, out in zip(group, self.git[top].ignores(probes)) if out)
+
+    def within(self, path: str) -> bool:
+        """Whether a path or anything above it is left out: for paths that stand only over there."""
+        parts = path.split('/')
+        return any(self('/'.join(parts[:n]), n < len(parts)) for n in range(1, len(parts) + 1))
+
+    def find_words(self) -> List[str]:
+        """What the far side's find need not enter, as its words; only where they mean the same to find."""
+        words: List[str] = []
+        for pattern in ['.git'] * self.ask_git + [pattern for pattern, _, _ in self.patterns]:
+            name = pattern.rstrip('/')
+            if '/' not in name and '\\' not in name and '**' not in name:
+                words += ['-type', 'd'] * pattern.endswith('/') + ['-name', name, '-prune', '-o']
+        for path in sorted(self.ignored, key=len)[:100]:
+            words += ['-path', './' + re.sub(r'([][*?\\])', r'\\\1', path), '-prune', '-o']
+        return words
+
+    def close(self) -> None:
+        for git in self.git.values():
+            git.close()
+
+
+# ==== 4. Look: what stands here, and where to look again =======================================================
+
+def entry_of(status: os.stat_result, full: str) -> Entry:
+    """Kind 's' is a special file: a socket, a FIFO, a device. Raises OSError where a link went away."""
+    kind = {stat.S_IFREG: 'f', stat.S_IFDIR: 'd', stat.S_IFLNK: 'l'}.get(stat.S_IFMT(status.st_mode), 's')
+    return Entry(kind, stat.S_IMODE(status.st_mode) if kind != 'l' else 0o777, status.st_size if kind == 'f' else 0,
+                 status.st_mtime_ns, os.readlink(full) if kind == 'l' else '', (status.st_dev, status.st_ino))
+
+
+class Watch:
+    """Listens to directories by inotify. Paths are relative to the root. Where there is no inotify, or not enough of
+    it, `fd` is None and `why_not` says why: everything has to be looked at now and then."""
+
+    def __init__(self, root: str, wanted: bool):
+        self.root = root
+        self.why_not = ''
+        self.inotify: Any = None
+        self.paths: Dict[int, str] = {}         # watch descriptor: directory
+        self.descriptors: Dict[str, int] = {}   # the other way round
+        if not wanted:
+            return
+        try:
+            import inotify_simple
+            flags = inotify_simple.flags
+            self.mask = (flags.CLOSE_WRITE | flags.CREATE | flags.DELETE | flags.MOVED_FROM | flags.MOVED_TO
+                         | flags.ATTRIB | flags.MODIFY | flags.DELETE_SELF | flags.MOVE_SELF
+                         | flags.ONLYDIR | flags.DONT_FOLLOW | flags.EXCL_UNLINK)
+            self.flags = flags
+            self.inotify = inotify_simple.INotify()
+        except ImportError:
+            self.why_not = 'inotify_simple is not installed; pip install inotify_simple, to react at once'
+        except OSError as error:
+            self.why_not = ('inotify cannot be used: %s; on Linux, fs.inotify.max_user_instances may be too small'
+                            % error.strerror)
+
+    @property
+    def fd(self) -> Optional[int]:
+        return self.inotify.fileno() if self.inotify else None
+
+    def follow(self, path: str, full: str = '') -> None:
+        """Watches a directory; called before it is listed, each time. A directory that moved keeps its descriptor."""
+        if not self.inotify:
+            return
+        full = full or (self.root + '/' + path if path else self.root)
+        try:
+            descriptor = self.inotify.add_watch(full, self.mask if path else self.mask & ~self.flags.DONT_FOLLOW)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                self.give_up('there are more directories than inotify may watch (%d so far); raise '
+                             'fs.inotify.max_user_watches, to react at once' % len(self.paths))
+            return                      # gone or unreadable: who lists it will see that
+        if self.paths.get(descriptor, path) != path:
+            self.descriptors.pop(self.paths[descriptor], None)
+        self.paths[descriptor] = path
+        self.descriptors[path] = descriptor
+
+    def forget(self, path: str) -> None:
+        """Stops watching a directory that is gone from here, or has become left out."""
+        descriptor = self.descriptors.pop(path, None)
+        if descriptor is not None and self.paths.get(descriptor) == path:
+            del self.paths[descriptor]
+            try:
+                self.inotify.rm_watch(descriptor)
+            except (OSError, AttributeError):
+                pass                    # the kernel dropped it with its directory
+
+    def give_up(self, why: str) -> None:
+        self.why_not = why
+        if self.inotify:
+            self.inotify.close()
+        self.inotify = None
+        self.paths.clear()
+        self.descriptors.clear()
+
+    def read(self) -> Iterator[Tuple[Optional[str], str, int]]:
+        """Yields (directory, name, mask) of all events there are; None as the directory when some were lost. A
+        rename's second half that is not there yet is waited for, two milliseconds: without it a rename would be
+        taken for a removal and a new file."""
+        events = self.inotify.read(timeout=0)
+        flags = self.flags
+        halves = {event.cookie for event in events if event.mask & flags.MOVED_FROM}
+        halves -= {event.cookie for event in events if event.mask & flags.MOVED_TO}
+        if halves:
+            events += self.inotify.read(timeout=2)
+        for event in events:
+            if event.mask & flags.Q_OVERFLOW:
+                yield None, '', 0
+            elif event.mask & flags.IGNORED:
+                gone = self.paths.pop(event.wd, None)
+                if gone is not None and self.descriptors.get(gone) == event.wd:
+                    del self.descriptors[gone]
+            elif event.wd in self.paths:
+                yield self.paths[event.wd], event.name, event.mask
+
+
+class Source:
+    """What stands here, as it was last looked at, and the hints where to look again."""
+
+    def __init__(self, root: str, left_out: LeftOut, watch: Watch, report: 'Report'):
+        self.root, self.left_out, self.watch, self.report = root, left_out, watch, report
+        self.tree = Tree()
+        self.identity: Optional[Tuple[int, int]] = None     # the root's, to know it when it comes back
+        self.hints: Dict[str, int] = {}                     # to be looked at now: META, LOOK or CONTENT
+        self.later: Dict[str, Tuple[float, float, int]] = {}    # path: (when, since when, hint)
+        self.fresh: Set[str] = set()    # looked at so soon after a change that the next could leave the same time
+        self.own_staging = ''           # the name of this session's staging, which must not turn up here
+        self.rules_changed = False
+        self.forgotten: List[str] = []  # what became left out, for the replica to forget too
+        self.gone = False
+        self.git_is_asked = False       # just now, so that the next look need not
+        self.git_asked_ns = 0
+        self.meanwhile: Callable[[], Any] = self.listen     # called now and then by a long scan
+
+    def full(self, path: str) -> str:
+        return self.root + '/' + path if path else self.root
+
+    def hint(self, path: str, why: int, delay: float = 0, most: float = 0) -> None:
+        """Has a path looked at, in `delay` seconds, each call putting that off, but not past `most` after the first."""
+        if not delay:
+            why = max(why, self.later.pop(path, (0, 0, 0))[2])
+            self.hints[path] = max(why, self.hints.get(path, 0))
+        elif path not in self.hints:
+            now = time.monotonic()
+            _, since, before = self.later.get(path, (0, now, 0))
+            self.later[path] = (min(now + delay, since + most) if most else now + delay, since, max(why, before))
+
+    def listen(self) -> None:
+        """Turns what inotify says into hints."""
+        if self.watch.fd is None:
+            return
+        flags = self.watch.flags
+        for directory, name, mask in self.watch.read():
+            if directory is None:
+                self.report.warn('inotify lost events: looking at everything again')
+                self.hints[''] = CONTENT
+                continue
+            if directory.startswith('\0'):          # git's own directory
+                self.rules_changed = self.rules_changed or name in ('index', 'exclude')
+                continue
+            if name == '.gitignore' and self.left_out.ask_git:
+                self.rules_changed = True
+            path = (directory + '/' + name if directory else name) if name else directory
+            if name and self.left_out(path, bool(mask & flags.ISDIR)):
+                if mask & (flags.DELETE | flags.MOVED_FROM | flags.CREATE | flags.MOVED_TO):
+                    self.left_out.ignored.discard(path)
+                    self.hint(path, LOOK)
+                    self.hint(directory, META)
+                continue
+            self.report.debug('event', path, str(flags.from_mask(mask)))
+            if mask & (flags.CREATE | flags.DELETE | flags.MOVED_FROM | flags.MOVED_TO):
+                self.hint(directory, META)
+            if mask & flags.ISDIR:
+                self.hint(path, CONTENT if mask & (flags.CREATE | flags.MOVED_TO) else META)
+            elif mask & (flags.CLOSE_WRITE | flags.DELETE_SELF | flags.MOVE_SELF):
+                self.hint(path, CONTENT if mask & flags.CLOSE_WRITE else META)
+            elif mask & (flags.DELETE | flags.MOVED_FROM | flags.MOVED_TO):
+                self.hint(path, LOOK)
+            elif mask & flags.CREATE and self.complete_at_birth(path):
+                self.hint(path, CONTENT)
+            elif mask & (flags.MODIFY | flags.CREATE):
+                self.hint(path, CONTENT, QUIET_SECONDS, OPEN_SECONDS if self.tree.get(path) else NEW_SECONDS)
+            elif path in self.later:
+                self.hint(path, META, QUIET_SECONDS, OPEN_SECONDS)
+            else:
+                self.hint(path, META)
+
+    def complete_at_birth(self, path: str) -> bool:
+        """Whether what was just created will see no close of a writer: a link, or another name of a file."""
+        try:
+            status = os.lstat(self.full(path))
+        except OSError:
+            return True
+        return not stat.S_ISREG(status.st_mode) or status.st_nlink > 1
+
+    def due(self, now: float) -> Optional[float]:
+        """Makes hints of what was put off until now. Seconds until the next one; None for none."""
+        if not self.later:
+            return None
+        for path in [path for path, (when, _, _) in self.later.items() if when <= now]:
+            self.hint(path, self.later[path][2])
+        return min((when for when, _, _ in self.later.values()), default=now) - now
+
+    def ask_git(self) -> None:
+        """Has git say anew what is left out, unless it just did. RACE: a rule that changes between that and the watch on
+        where it stands is noticed by its time (see note_fresh); but for git's own index: then by its next change."""
+        if self.git_is_asked and not self.rules_changed:
+            self.git_is_asked = False
+            return
+        self.rules_changed, self.git_is_asked, self.git_asked_ns = False, not self.git_asked_ns, time.time_ns()
+        if self.left_out.refresh():
+            self.forget_left_out()
+            self.hints[''] = CONTENT
+        for git in self.left_out.git.values():
+            for directory in (git.directory, os.path.join(git.directory, 'info')) if git.directory else ():
+                self.watch.follow('\0' + directory, directory)
+
+    def look(self) -> Dict[str, int]:
+        """As look_at_hints; what an error kept from being looked at is looked at the next time."""
+        try:
+            return self.look_at_hints()
+        except BaseException:
+            self.hints[''] = CONTENT
+            raise
+
+    def look_at_hints(self) -> Dict[str, int]:
+        """Looks at all hints. Returns the paths where something is to be compared, and why; each path that went from
+        or came below a directory too. An error is said and leaves things as they were last seen: what cannot be
+        read is not gone."""
+        if not self.root_is_there():
+            return {}
+        changed: Dict[str, int] = {}
+        if self.rules_changed or self.hints.get('') == CONTENT:
+            self.ask_git()
+        hints, self.hints = self.hints, {}
+        if hints.get('') == CONTENT:
+            hints = {**dict.fromkeys(self.fresh, CONTENT), **hints}
+            self.fresh.clear()
+        new = [path for path in hints if path and self.tree.get(path) is None and not self.left_out(path, False)
+               and self.tree.is_directory(parent(path))]
+        self.left_out.ask(new)
+        gone = []
+        for path in sorted(hints):
+            if path and not self.tree.is_directory(parent(path)):
+                continue                # what is above it is left out, gone, or looked at first
+            entry = self.entry_at(path)
+            if entry is UNKNOWN:
+                continue
+            if (entry is None or path and self.left_out(path, entry.kind == 'd') or not self.admits(path, entry)):
+                gone.append(path)
+                continue
+            self.see(path, entry, hints[path], changed)
+        for path in gone:               # after what came: a directory that moved keeps its watch
+            self.lose(path, changed)
+        return changed
+
+    def entry_at(self, path: str) -> Optional[Entry]:
+        """What stands there: None for nothing, UNKNOWN if that cannot be said (and it was said why)."""
+        full = self.full(path)
+        try:
+            entry = entry_of(os.stat(full) if not path else os.lstat(full), full)
+            self.report.solved(path, 'look')
+            return entry
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            self.report.problem(path, 'cannot be looked at: ' + error.strerror, 'look')
+            return UNKNOWN
+
+    def see(self, path: str, entry: Entry, why: int, changed: Dict[str, int]) -> None:
+        """Takes note of what stands at a path."""
+        before = self.tree.get(path)
+        if before is not None and before.kind == 'd' and (entry.kind != 'd' or before.inode != entry.inode):
+            self.lose(path, changed)
+            why = CONTENT
+        self.tree.put(path, entry)
+        self.note_fresh(path, entry)
+        changed[path] = max(why, changed.get(path, 0))
+        if entry.kind == 'd' and (why == CONTENT or before is None or before.kind != 'd'):
+            self.scan(path, changed, everything=not path)
+
+    def lose(self, path: str, changed: Dict[str, int]) -> None:
+        for below in [path, *self.tree.below(path)]:
+            changed.setdefault(below, LOOK)
+            self.watch.forget(below)
+            self.later.pop(below, None)
+        self.tree.put(path, None)
+
+    def scan(self, top: str, changed: Dict[str, int], everything: bool = False) -> None:
+        """Lists a directory and all below it, watching each before it is listed, and takes note of what is other than
+        before. RACE: what changes behind us is in the events; what vanishes before us is seen as not there."""
+        stack = [top]
+        tick = 0
+        while stack:
+            directory = stack.pop()
+            prefix = directory + '/' if directory else ''
+            self.watch.follow(directory)
+            try:
+                with os.scandir(self.full(directory)) as listed:
+                    found = {item.name: item for item in listed}
+            except (FileNotFoundError, NotADirectoryError):
+                continue                # its own event will tell
+            except OSError as error:
+                self.report.problem(directory, 'cannot be listed, so nothing in it is replicated or removed: '
+                                    + error.strerror, 'look')
+                continue
+            self.report.solved(directory, 'look')
+            self.left_out.enter(directory, found)
+            names = self.tree.folders[directory]
+            if not everything and self.left_out.git:
+                self.left_out.ask([prefix + name for name in found if name not in names])
+            for name in [name for name in names if name not in found]:
+                self.lose(prefix + name, changed)
+            for name, item in found.items():
+                path = prefix + name
+                try:
+                    is_directory = item.is_dir(follow_symlinks=False)
+                    if self.left_out(path, is_directory):
+                        if name in names:
+                            self.lose(path, changed)
+                        continue
+                    entry = entry_of(item.stat(follow_symlinks=False), item.path)
+                except FileNotFoundError:
+                    continue
+                except OSError as error:
+                    self.report.problem(path, 'cannot be looked at: ' + error.strerror, 'look')
+                    continue
+                if not self.admits(path, entry):
+                    self.lose(path, changed)
+                    continue
+                if names.get(name) != entry:
+                    self.see_listed(path, entry, changed)
+                if is_directory:
+                    stack.append(path)
+            tick += 1
+            if tick % 64 == 0:
+                self.meanwhile()        # a long scan must not let the kernel's queues run full
+
+    def see_listed(self, path: str, entry: Entry, changed: Dict[str, int]) -> None:
+        """As see(), for what a scan met, which goes below a directory itself."""
+        before = self.tree.get(path)
+        if before is not None and before.kind == 'd' and entry.kind != 'd':
+            self.lose(path, changed)
+        self.tree.put(path, entry)
+        self.note_fresh(path, entry)
+        changed.setdefault(path, LOOK)
+
+    def note_fresh(self, path: str, entry: Entry) -> None:
+        """A file looked at within a tick of its last change may change again and keep its time: git calls it racily clean.
+        Its size and time prove nothing, so when events were lost, or at a new connection, it is sent again."""
+        age_ns = time.time_ns() - (entry.mtime_ns or 0)
+        if entry.kind == 'f' and age_ns < (50 * 10**6 if (entry.mtime_ns or 0) % 10**9 else 2 * 10**9):
+            self.fresh.add(path)
+        if path.endswith('.gitignore') and (entry.mtime_ns or 0) > self.git_asked_ns:
+            self.rules_changed = self.left_out.ask_git
+
+    def admits(self, path: str, entry: Entry) -> bool:
+        """Whether this is something that can be replicated; says if it is not. Raises Stop at our own staging."""
+        name = path.rpartition('/')[2]
+        if name and self.own_staging and name.startswith(self.own_staging):
+            raise Stop('the replica is inside of what it replicates: choose another destination')
+        if entry.kind == 's':
+            self.report.notice(path, 'is left out: it is no file, directory or link')
+        elif STAGING.fullmatch(name):
+            self.report.notice(path, 'is left out: it is named as our staging is')
+        else:
+            return True
+        return False
+
+    def forget_left_out(self) -> None:
+        """Drops from the tree what is left out by now. It stays at the replica, untouched: see `forgotten`."""
+        for path in [path for path in self.tree.below('') if self.left_out(path, self.tree.is_directory(path))]:
+            self.lose(path, {})
+            self.forgotten.append(path)
+
+    def root_is_there(self) -> bool:
+        """Whether the source can be trusted to be what it was. One that is gone, or empty where another file system was,
+        is not a source that was emptied: nothing is removed over there, and it is looked for every second."""
+        try:
+            status = os.stat(self.root)
+            identity = (status.st_dev, status.st_ino)
+            there = stat.S_ISDIR(status.st_mode) and (identity == self.identity or self.identity is None
+                                                      or bool(os.listdir(self.root)))
+        except OSError:
+            there = False
+        if not there:
+            self.report.problem('', 'is gone, or empty and not what it was: nothing is removed over there, and it is '
+                                'replicated again once it is back', 'root')
+            self.gone = True
+            self.hint('', CONTENT, 1)
+            return False
+        if self.gone or identity != self.identity:
+            self.hints[''] = CONTENT
+            self.report.solved('', 'root')
+        self.gone, self.identity = False, identity
+        return True
+
+
+# ==== 5. Plan =================================================================================================
+
+def same_time(a: Optional[int], b: Optional[int]) -> bool:
+    """Whether two times are one. Some far sides only know whole seconds: their fraction is 0."""
+    return a is not None and b is not None and (a == b or a // 10**9 == b // 10**9 and a % 10**9 == 0)
+
+
+def around(step: Step) -> Set[str]:
+    """The directories whose entries a step changes."""
+    if step.verb == 'meta':
+        return set()
+    return {parent(step.path), parent(step.detail)} if step.verb == 'move' else {parent(step.path)}
+
+
+def apply(tree: Tree, step: Step) -> None:
+    """What a step does to the replica. A directory's time changes with each entry that comes or goes."""
+    verb, path, entry, detail = step
+    if verb == 'move':
+        tree.move(detail, path)
+    elif verb == 'meta':
+        tree.put(path, entry)
+        return
+    else:
+        tree.put(path, entry._replace(mtime_ns=None) if verb == 'dir' else entry)
+    for above in around(step):
+        directory = tree.get(above)
+        if directory is not None and directory.mtime_ns is not None:
+            tree.put(above, directory._replace(mtime_ns=None))
+
+
+def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True) -> List[Step]:
+    """The steps that make `remote` equal to `local` at these paths, in the order they must be taken; `remote` is changed
+    as they will change it. A hint of CONTENT has a file sent even if size and time are the same, META has only mode
+    and time set where only they differ. Without `delete`, what is only in `remote` stays, and moves are copies."""
+    steps: List[Step] = []
+    disturbed: Set[str] = set()         # directories whose mode or time has to be set at the end
+
+    def take(verb: str, path: str, entry: Optional[Entry], detail: str = '') -> None:
+        step = Step(verb, path, entry, detail)
+        for above in around(step):
+            directory = remote.get(above)
+            disturbed.add(above)
+            if directory is not None and directory.mode & 0o700 != 0o700 and directory.kind == 'd':
+                take('meta', above, directory._replace(mode=directory.mode | 0o700, mtime_ns=None), 'm')
+        steps.append(step)
+        apply(remote, step)
+
+    paths = dict(hints)
+    for path in hints:                  # what is above a path has to be there before it
+        above = parent(path)
+        while path and above not in paths and not remote.is_directory(above):
+            paths[above] = LOOK
+            above = parent(above)
+    gone: Set[str] = set()
+    for path in hints:
+        there, here = remote.get(path), local.get(path)
+        if there is not None and (here is None or there.kind == 'd' and here.kind != 'd'):
+            gone.update(below for below in remote.below(path))
+            if here is None:
+                gone.add(path)
+    movable: Dict[Tuple[int, int], str] = {}
+    for path in gone if delete else ():
+        there = remote.get(path)
+        if there is not None and there.inode is not None:
+            movable[there.inode] = path
+
+    work = collections.deque(sorted(paths))
+    files: List[str] = []
+    while work:                         # what is above comes first: directories, and what moved into them
+        path = work.popleft()
+        there, here = remote.get(path), local.get(path)
+        if here is None or here.kind != 'd' and there is not None and there.kind == 'd':
+            files.append(path)
+            continue
+        old = movable.get(here.inode) if here.inode else None
+        was = remote.get(old) if old else None
+        if (old and was is not None and was.kind == here.kind and not (path + '/').startswith(old + '/')
+                and (there is None or there.kind in 'fl' and here.kind != 'd')
+                and (here.kind == 'd' or (was.size, was.mtime_ns, was.target) == (here.size, here.mtime_ns, here.target)
+                     and CONTENT not in (hints.get(old), hints.get(path)))):
+            take('move', path, was, old)
+            more = {*remote.below(path), *local.below(path)}
+            for below in more:
+                paths[below] = max(paths.get(below, 0), LOOK, hints.get(old + below[len(path):], 0))
+                if local.get(below) is None:
+                    gone.add(below)
+            if more:
+                work = collections.deque(sorted(more.union(work)))
+            if here.kind == 'd':
+                paths[path] = max(paths[path], META)
+        if here.kind != 'd':
+            files.append(path)
+        elif not remote.is_directory(path):
+            if there is not None and there.kind != '?':
+                take('remove', path, None)
+            take('dir', path, here._replace(mode=here.mode & 0o777 | 0o700))
+            disturbed.add(path)
+        else:
+            disturbed.add(path)
+    for path in sorted(gone, reverse=True) if delete else ():
+        there = remote.get(path)
+        if there is not None:
+            take('remove' if there.kind in 'fl' else 'rmdir', path, None)
+    for path in files:
+        there, here = remote.get(path), local.get(path)
+        if here is None:
+            continue
+        if there is not None and there.kind == 'd':
+            take('rmdir', path, None)
+            there = None
+        if (there is None or there.kind != here.kind or there.target != here.target or there.size != here.size
+                or here.kind == 'f' and (paths[path] == CONTENT or not same_time(there.mtime_ns, here.mtime_ns)
+                                         and (paths[path] != META or there.mtime_ns is None))):
+            take({'f': 'file', 'l': 'link'}[here.kind], path, here,
+                 str(there.size) if there is not None and there.kind == here.kind == 'f' else '')
+        else:
+            set_meta(take, remote, path, there, here)
+    for path in sorted(disturbed, reverse=True):
+        there, here = remote.get(path), local.get(path)
+        if there is not None and here is not None and there.kind == here.kind == 'd':
+            set_meta(take, remote, path, there, here)
+    return steps
+
+
+def set_meta(take: Callable, remote: Tree, path: str, there: Entry, here: Entry) -> None:
+    what = 'm' * (there.mode != here.mode) + 't' * (not same_time(there.mtime_ns, here.mtime_ns))
+    if what:
+        take('meta', path, here, what)
+    else:
+        remote.put(path, here)          # the same, and known by the inode it has here
+
+def believe(listed: Iterable[Tuple[str, Entry]], local: Tree, known: Optional[Tree],
+            ours: Callable[[str, Entry], bool]) -> Tree:
+    """The replica as the far side listed it. Only what is ours is in it: what stands here, what an earlier connection
+    knew of, and what `ours` says. Where it equals what stands here it is the same entry, so a later rename is known."""
+    remote = Tree()
+    for path, entry in listed:
+        if path and not remote.is_directory(parent(path)):
+            continue
+        here = local.get(path)
+        if here is not None:
+            same = (here.kind, here.mode, here.size, here.target) == (entry.kind, entry.mode, entry.size, entry.target)
+            remote.put(path, here if same and same_time(entry.mtime_ns, here.mtime_ns) else entry)
+            continue
+        before = known.get(path) if known else None
+        if before is not None and before.kind in (entry.kind, '?'):
+            same = before.size == entry.size and same_time(entry.mtime_ns, before.mtime_ns)
+            remote.put(path, before if same or entry.kind == 'd' and before.kind == 'd' else entry)
+        elif ours(path, entry):
+            remote.put(path, entry)
+    return remote
+
+
+# ==== 6. Records: steps as bytes ==============================================================================
+
+def wire(path: str) -> bytes:
+    """A path as lines of a record, see get in the receiver."""
+    return b'./' + os.fsencode(path).replace(b'\n', b'/\n') if path else b'.'
+
+
+def record(verb: str, number: int, words: Sequence[str], paths: Sequence[bytes], length: int) -> bytes:
+    """Header, paths and length; where that is not 0, the bytes and a marker line follow."""
+    head = '%s %d %d %s\n' % (verb, number, len(paths), ' '.join(words))
+    return b'%s%s%d\n' % (head.encode(), b''.join(path + b'\n' for path in paths), length)
+
+
+def seconds_of(mtime_ns: int, fine: bool) -> str:
+    """A time as touch takes it behind an @."""
+    if not fine or mtime_ns % 10**9 == 0:
+        return str(mtime_ns // 10**9)
+    whole, fraction = divmod(abs(mtime_ns), 10**9)
+    return '%s%d.%09d' % ('-' * (mtime_ns < 0), whole, fraction)
+
+
+def umask_for(mode: int) -> str:
+    """With this umask a new file or directory may do no more than `mode`, from its first moment."""
+    return '%03o' % (0o777 & ~mode)
+
+
+Member = Tuple[bytes, Entry, bytes]     # a name in the staging, what it is, its bytes
+
+
+def archive(members: Iterable[Member]) -> bytes:
+    """A tar archive that GNU's, busybox's and toybox's tar read alike: ustar headers, GNU's long names, and the
+    fraction of a time as a PAX record, which those that do not know it skip. Python's tarfile takes ten times as long."""
+    out: List[bytes] = []
+
+    def add(kind: bytes, name: bytes, size: int = 0, mode: int = 0o644, mtime: int = 0, target: bytes = b'') -> None:
+        header = b'%s%07o\0000000000\0000000000\0%011o\0%011o\0        %s%sustar  \0' % (
+            name.ljust(100, b'\0'), mode, size, mtime, kind, target.ljust(100, b'\0'))
+        header = header.ljust(512, b'\0')
+        out.append(header[:148] + b'%06o\0 ' % sum(header) + header[156:])
+
+    def add_bytes(data: bytes) -> None:
+        out.append(data)
+        if len(data) % 512:
+            out.append(bytes(-len(data) % 512))
+
+    for name, entry, data in members:
+        target = os.fsencode(entry.target)
+        for kind, text in ((b'L', name), (b'K', target)):
+            if len(text) > 100:
+                add(kind, b'././@LongLink', len(text) + 1)
+                add_bytes(text + b'\0')
+        seconds, fraction = divmod(entry.mtime_ns or 0, 10**9)
+        if fraction:
+            line = b' mtime=%d.%09d\n' % (seconds, fraction)
+            line = b'%d%s' % (len(line) + 2, line)      # its own length included, always two digits
+            add(b'x', b'pax', len(line))
+            add_bytes(line)
+        add({'f': b'0', 'd': b'5', 'l': b'2'}[entry.kind], name[:100], len(data), entry.mode, seconds, target[:100])
+        add_bytes(data)
+    return b''.join(out) + bytes(1024)
+
+
+def script(members: Iterable[Member], fine: bool) -> bytes:
+    """The same for a far side without tar: lines that its shell reads. Names and bytes stand in single quotes."""
+    lines: List[bytes] = []
+    modes: Dict[bytes, List[bytes]] = {}
+    times: Dict[bytes, List[bytes]] = {}
+    directories: List[bytes] = []
+
+    def many(command: bytes, names: List[bytes]) -> None:
+        for i in range(0, len(names), LIST_PATHS):
+            lines.append(b'%s %s || failed=1\n' % (command, b' '.join(names[i:i + LIST_PATHS])))
+
+    for name, entry, data in members:
+        quoted = b"'" + name.replace(b"'", b"'\\''") + b"'"
+        if entry.kind == 'd':
+            directories.append(quoted)
+            if entry.mode != 0o755:
+                modes.setdefault(b'%04o' % entry.mode, []).append(quoted)
+        elif entry.kind == 'l':
+            target = os.fsencode(entry.target).replace(b"'", b"'\\''")
+            lines.append(b"ln -s -- '%s' %s || failed=1\n" % (target, quoted))
+        else:
+            for plain, escaped in ((b'\\', b'\\\\'), (b'%', b'%%'), (b"'", b'\\047'), (b'\0', b'\\000')):
+                data = data.replace(plain, escaped)
+            if data.startswith(b'-'):
+                data = b'\\055' + data[1:]
+            lines.append(b"printf '%s' >%s || failed=1\n" % (data, quoted))
+            if entry.mode != 0o644:
+                modes.setdefault(b'%04o' % entry.mode, []).append(quoted)
+        if entry.mtime_ns is not None:
+            times.setdefault(seconds_of(entry.mtime_ns, fine).encode(), []).append(quoted)
+    body, lines = lines, []
+    many(b'mkdir', directories)
+    lines += body
+    for mode, names in modes.items():
+        many(b'chmod ' + mode, names)
+    for when, names in times.items():
+        many(b'touch -h -d @' + when, list(reversed(names)))
+    return b''.join(lines)
+
+
+# ==== 7. Connection ===========================================================================================
+
+class Sent(NamedTuple):
+    """A record on its way."""
+    number: int
+    size: int                           # bytes
+    when: float                         # time.monotonic()
+    verb: str
+    done: Callable[[int, str, List[str]], None]     # called with the code, what was said before it, and the values
+
+
+WHAT_IT_MAY_MEAN = {
+    127: 'a command was not found: the connection command here, or the shell it asks for over there',
+    126: 'a command could not be run: it is not executable, or not there in the container',
+    125: 'docker itself refused: is the container running, its name right, the engine reachable?',
+    255: 'ssh could not connect or log in',
+    0: 'it ended by itself: it is no shell, or has nothing on its standard input (docker exec and kubectl exec need -i)',
+}
+
+
+class Connection:
+    """A connection command, started, with the receiver sent to it. Raises Lost where it does not go on."""
+
+    def __init__(self, command: Sequence[str], program: Callable[[str], str], report: 'Report'):
+        self.command, self.report = command, report
+        self.nonce = os.urandom(6).hex()
+        self.staging = '.file_replicator.' + self.nonce
+        self.end = (self.nonce + '.\n').encode()
+        self.text = program(self.nonce).encode('utf-8', 'surrogateescape')
+        self.out: Deque[memoryview] = collections.deque()
+        self.flight: Deque[Sent] = collections.deque()
+        self.number = self.bytes_in_flight = 0
+        self.window = WINDOW_BYTES
+        self.phase = 'starting'         # then listing, then live
+        self.heard = bytearray()        # what was not yet understood
+        self.said: List[str] = []       # lines of the far side's that are no answers
+        self.values: List[str] = []
+        self.listing: List[bytes] = []
+        self.complaints: Deque[str] = collections.deque(maxlen=20)      # what the command wrote to its standard error
+        self.can = ''                   # what the far side can do, once it made its staging
+        self.counted = {'out': 0, 'in': 0}
+        try:
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+                                            stderr=subprocess.PIPE, start_new_session=not has_terminal())
+        except OSError as error:
+            raise Lost('cannot run %s: %s' % (shown(command[0]), error.strerror))
+        self.stdin, self.stdout, self.stderr = (f.fileno() for f in
+                                                (self.process.stdin, self.process.stdout, self.process.stderr))
+        for fd in (self.stdin, self.stdout, self.stderr):
+            os.set_blocking(fd, False)
+        for fd in (self.stdin, self.stdout):
+            try:
+                fcntl.fcntl(fd, 1031, PIPE_BYTES)       # F_SETPIPE_SZ, Linux only
+            except OSError:
+                pass
+        self.started = self.moved = time.monotonic()
+        # One command, complete before anything else is sent: dash and busybox sh read ahead on what they take commands
+        # from, and would swallow the first records. sh -c also leaves behind the options and aliases of the outer shell.
+        quoted = shlex.quote(self.text.decode('utf-8', 'surrogateescape'))
+        self.write(('R=%s; exec sh -c "$R" "$R"\n' % quoted).encode('utf-8', 'surrogateescape'))
+
+    def write(self, data: bytes) -> None:
+        self.out.append(memoryview(data))
+
+    def send(self, verb: str, words: Sequence[str] = (), paths: Sequence[bytes] = (), payload: Sequence[bytes] = (),
+             done: Callable[[int, str, List[str]], None] = lambda code, said, values: None) -> None:
+        self.number += 1
+        length = sum(map(len, payload))
+        head = record(verb, self.number, words, paths, length)
+        if self.report.options.debugging:
+            self.report.debug('record', shown(os.fsdecode(head)))
+        if not self.flight:
+            self.moved = time.monotonic()
+        self.flight.append(Sent(self.number, len(head) + length, time.monotonic(), verb, done))
+        self.bytes_in_flight += len(head) + length
+        if length < BLOCK:              # one write for a small record
+            self.write(b''.join([head, *payload, self.end if length else b'']))
+        else:
+            for data in (head, *payload, self.end):
+                self.write(data)
+
+    def has_room(self) -> bool:
+        """Whether more of the backlog may follow: little enough is on the way that a fresh edit need not wait long."""
+        return self.bytes_in_flight < self.window
+
+    def turn(self, seconds: Optional[float], other: Optional[int] = None) -> None:
+        """Waits up to `seconds` (None: until something happens) for the far side or `other` to have something, writes
+        what can be written, and calls what the answers that came are for."""
+        while self.out:                 # most often the pipe takes it at once
+            try:
+                count = os.write(self.stdin, self.out[0])
+            except BlockingIOError:
+                break
+            except OSError:
+                raise Lost(self.diagnosis())
+            self.counted['out'] += count
+            self.moved = time.monotonic()
+            if count == len(self.out[0]):
+                self.out.popleft()
+            else:
+                self.out[0] = self.out[0][count:]
+        poll = select.poll()
+        poll.register(self.stdout, select.POLLIN)
+        if self.stderr >= 0:
+            poll.register(self.stderr, select.POLLIN)
+        if self.out:
+            poll.register(self.stdin, select.POLLOUT)
+        if other is not None:
+            poll.register(other, select.POLLIN)
+        limit = self.check_silence()
+        wait = min(limit, seconds) if seconds is not None else limit
+        for fd, _ in poll.poll(max(0, wait) * 1000 + (0.999 if wait > 0.001 else 0)):
+            if fd == self.stderr:
+                self.hear_complaints()
+            elif fd == self.stdout:
+                data = b''
+                try:
+                    data = os.read(self.stdout, PIPE_BYTES)
+                except BlockingIOError:
+                    continue
+                except OSError:
+                    pass
+                if not data:
+                    raise Lost(self.diagnosis())
+                self.counted['in'] += len(data)
+                self.moved = time.monotonic()
+                self.hear(data)
+
+    def check_silence(self) -> float:
+        """Seconds until the next check. Sends a heartbeat when nothing moved for a while. Raises Lost when something
+        should have moved and did not. A remote hook may take as long as it likes."""
+        silent = time.monotonic() - self.moved
+        if self.phase == 'starting':
+            limit = READY_SECONDS - (time.monotonic() - self.started)
+            if limit <= 0:
+                raise Lost('no shell answered within %d seconds%s' % (READY_SECONDS, self.what_was_said()))
+        elif self.flight and self.flight[0].verb == 'hook':
+            return 3600
+        elif self.flight or self.out or self.phase == 'listing':
+            limit = SILENT_SECONDS - silent
+            if limit <= 0:
+                raise Lost('nothing moved for %d seconds' % SILENT_SECONDS)
+        else:
+            limit = BEAT_SECONDS - silent
+            if limit <= 0:
+                self.send('beat')
+                return 0
+        return limit
+
+    def hear_complaints(self) -> None:
+        try:
+            data = os.read(self.stderr, 65536)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b''
+        if not data:
+            self.stderr = -1            # the object keeps the file; it is closed at the end
+        for line in data.decode(errors='replace').splitlines():
+            self.complaints.append(shown(line))
+            self.report.debug('stderr', line)
+
+    def hear(self, data: bytes) -> None:
+        self.heard += data
+        if self.phase == 'starting':
+            ready = ('%s ready' % self.nonce).encode()
+            at = (b'\n' + self.heard).find(b'\n' + ready)
+            if at < 0 or len(self.heard) < at + len(ready) + 1:
+                self.hear_stop()
+                if self.text[-200:] in self.heard.replace(b'\r\n', b'\n'):
+                    raise Lost('what answers is no shell: it gives back what it is sent')
+                return
+            if self.heard[at + len(ready)] != 10:
+                raise Lost('the connection goes through a terminal, which changes bytes; leave out -t')
+            self.said = self.heard[:at].decode(errors='replace').splitlines()
+            self.heard[:at + len(ready) + 1] = b''
+            self.phase = 'listing'
+        if self.phase == 'listing':
+            end = ('%s listed\n' % self.nonce).encode()
+            at = self.heard.find(end, max(0, len(self.heard) - len(data) - len(end)))
+            if at < 0:
+                self.hear_stop()
+                return
+            self.listing = bytes(self.heard[:at]).split(self.nonce.encode() + b' ')
+            self.heard[:at + len(end)] = b''
+            self.said = []
+            self.phase = 'live'
+        if b'\n' not in self.heard:
+            return
+        *lines, rest = self.heard.split(b'\n')
+        self.heard = rest
+        for line in lines:
+            self.hear_line(line)
+
+    def hear_stop(self) -> None:
+        """Raises Lost if the far side said that it cannot go on, before it was ready."""
+        at = self.heard.find(('%s stop ' % self.nonce).encode())
+        if at >= 0 and b'\n' in self.heard[at:]:
+            self.said = self.heard[:at].decode(errors='replace').splitlines()[-3:]
+            self.hear_line(bytes(self.heard[at:]).split(b'\n')[0])
+
+    def hear_line(self, line: bytes) -> None:
+        at = line.find(self.nonce.encode())
+        if at < 0:
+            if line and not re.match(rb'\d+\+\d+ records |\d+ bytes .*copied', line):
+                self.said.append(shown(line.decode(errors='surrogateescape')))
+            return
+        if at > 0:                      # somebody else's line that did not end
+            self.said.append(shown(line[:at].decode(errors='surrogateescape')))
+        words = line[at:].decode('ascii', 'replace').split()[1:]
+        if words[:1] == ['+']:
+            self.values.append(' '.join(words[1:]))
+        elif words[:1] == ['stop']:
+            raise Lost(' '.join(words[1:]) + self.what_was_said())
+        elif len(words) == 2 and self.flight and words[0] == str(self.flight[0].number):
+            sent = self.flight.popleft()
+            self.bytes_in_flight -= sent.size
+            took = time.monotonic() - sent.when
+            if sent.size > BLOCK:       # half a second on the way is the most a fresh edit should wait behind
+                self.window = max(BLOCK * 4, self.window * 3 // 4) if took > 0.5 else \
+                    min(WINDOW_BYTES * 8, self.window * 5 // 4) if took < 0.2 else self.window
+            said, self.said, values, self.values = self.said, [], self.values, []
+            self.report.debug('answer', *words, *said)
+            sent.done(int(words[1]), '; '.join(said), values)
+        else:
+            raise Lost('the far side answers what nobody asked: %s' % shown(line.decode(errors='replace')))
+
+    def entries(self) -> Iterator[Tuple[str, Entry, int]]:
+        """What the far side listed: path, entry, number of the file system."""
+        for line in self.listing:
+            words = line.split(b' ', 5)
+            if words[0] == b'+':
+                self.can = line[2:].decode().strip()
+            if len(words) < 6 or not words[5].endswith(b'.\n'):
+                continue
+            try:
+                kind, mode, size, when, device, rest = words
+                path, _, target = rest[:-1].partition(b'//')
+                seconds, _, fraction = when.partition(b'.')
+                mtime_ns = int(seconds) * 10**9
+                if fraction:
+                    part = int(fraction[:9].ljust(9, b'0'))
+                    mtime_ns += -part if when.startswith(b'-') else part
+                if kind.startswith(b'x'):       # from stat: one number holds kind and mode
+                    bits = int(kind[1:], 16)
+                    letter = {stat.S_IFREG: 'f', stat.S_IFDIR: 'd', stat.S_IFLNK: 'l'}.get(stat.S_IFMT(bits), 's')
+                    permissions = stat.S_IMODE(bits)
+                else:
+                    letter, permissions = kind.decode(), int(mode, 8)
+                yield (os.fsdecode(path[2:]),
+                       Entry(letter, permissions if letter != 'l' else 0o777, int(size) if letter == 'f' else 0,
+                             mtime_ns, os.fsdecode(target[:-1]) if letter == 'l' else ''), int(device))
+            except ValueError:
+                continue                # what cannot be read is sent again
+
+    def sums(self) -> Tuple[str, Dict[str, str]]:
+        """The tool the far side's sums are made with ('-' for none), and path: sum."""
+        for line in self.listing:
+            if line.startswith(b'sums '):
+                tool, *lines = line[5:].split(b'\n')
+                found = {}
+                for each in lines:
+                    value, _, path = each.partition(b'  ')
+                    if value.startswith(b'\\'):        # GNU's way to show a name with a newline or backslash
+                        value, path = value[1:], path.replace(b'\\n', b'\n').replace(b'\\\\', b'\\')
+                    found[os.fsdecode(path[2:])] = value.decode(errors='replace')
+                return tool.decode(), found
+        return '-', {}
+
+    def what_was_said(self) -> str:
+        lines = [line for line in (*self.said[-3:], *list(self.complaints)[-3:]) if line.strip()]
+        return ': ' + '; '.join(lines) if lines else ''
+
+    def diagnosis(self) -> str:
+        """Why the connection ended, as far as can be told."""
+        try:
+            status: Optional[int] = self.process.wait(1)
+        except subprocess.TimeoutExpired:
+            status = None
+        if self.stderr >= 0:
+            self.hear_complaints()
+        if self.phase == 'starting':
+            self.said = self.heard.decode(errors='replace').splitlines()
+        said = self.what_was_said()
+        if status is None:
+            return 'the connection command closed its output' + said
+        how = 'was killed by signal %d' % -status if status < 0 else 'ended with status %d' % status
+        hint = WHAT_IT_MAY_MEAN.get(status, '') if self.phase == 'starting' else ''
+        return 'the connection command %s%s%s' % (how, said, ' (%s)' % hint if hint else '')
+
+    def close(self, patience_seconds: float = 0.7) -> None:
+        """Ends the connection. The end of its input is what tells the receiver to clear up; then the rest is killed."""
+        self.process.stdin.close()
+        end = time.monotonic() + patience_seconds
+        while self.process.poll() is None and time.monotonic() < end:
+            try:
+                if not select.select([self.stdout], [], [], 0.02)[0]:
+                    continue
+                if not os.read(self.stdout, PIPE_BYTES):
+                    time.sleep(0.001)
+            except OSError:
+                pass
+        if self.process.poll() is None:
+            try:
+                if has_terminal():
+                    self.process.kill()
+                else:
+                    os.killpg(self.process.pid, signal.SIGKILL)
+            except OSError:
+                pass
+        self.process.wait()
+        self.process.stdout.close()
+        self.process.stderr.close()
+
+
+@functools.lru_cache(maxsize=None)
+def has_terminal() -> bool:
+    """Whether a password could be asked for. Then the connection command stays in our group, or it could not ask; else
+    it gets one of its own, so that all it started can be ended."""
+    try:
+        os.close(os.open('/dev/tty', os.O_RDWR))
+        return True
+    except OSError:
+        return False
+
+
+# ==== 8. Replicate: bring the replica into step, and keep it there ============================================
+
+class Report:
+    """What the user is told: each confirmed path on standard output, the rest on standard error, all in the log file."""
+
+    def __init__(self, options: 'Options'):
+        self.options = options
+        self.log = None
+        self.problems: Dict[Tuple[str, str], str] = {}      # (stage, path): why
+        self.noticed: Set[Tuple[str, str]] = set()
+        self.lines: List[str] = []
+        self.terminal = sys.stderr.isatty()
+        self.colour = self.terminal and 'NO_COLOR' not in os.environ
+        self.files = self.bytes = self.files_done = self.bytes_done = 0
+        self.since = self.drawn = 0.0
+        if options.log_file:
+            try:
+                self.log = open(options.log_file, 'a', encoding='utf-8', errors='backslashreplace', buffering=1)
+            except OSError as error:
+                raise Stop('cannot write the log file %s: %s' % (shown(options.log_file), error.strerror))
+
+    def name(self, path: str) -> str:
+        return shown(path or self.options.source)
+
+    def line(self, text: str, step: Optional[Step] = None) -> None:
+        self.lines.append(text)
+        if step is not None and step.verb in ('file', 'link', 'dir') and self.files:
+            self.files_done += 1
+            self.moved(step.entry.size if step.verb == 'file' and step.entry.size <= BULK_BYTES else 0)
+        if len(self.lines) > 1000:
+            self.flush()
+
+    def flush(self) -> None:
+        """Raises BrokenPipeError where nobody reads any more."""
+        lines, self.lines = self.lines, []
+        self.write_log(lines)
+        if lines and not self.options.quiet:
+            self.erase()
+            sys.stdout.buffer.write(''.join(line + '\n' for line in lines).encode(
+                sys.stdout.encoding or 'ascii', 'backslashreplace'))
+            sys.stdout.flush()
+
+    def write_log(self, lines: Iterable[str]) -> None:
+        if self.log:
+            try:
+                for line in lines:
+                    self.log.write('%s %s\n' % (time.strftime('%Y-%m-%d %H:%M:%S'), line))
+            except OSError as error:
+                self.log = None
+                self.warn('the log file %s is given up: %s' % (shown(self.options.log_file), error.strerror))
+
+    def warn(self, text: str) -> None:
+        self.flush()
+        self.write_log([text])
+        self.erase()
+        start, end = ('\033[33m', '\033[0m') if self.colour else ('', '')
+        self.to_stderr('%sfile_replicator: %s%s\n' % (start, text, end))
+
+    def to_stderr(self, text: str) -> None:
+        try:
+            sys.stderr.buffer.write(text.encode(sys.stderr.encoding or 'ascii', 'backslashreplace'))
+            sys.stderr.flush()
+        except OSError:
+            pass                        # nobody to tell
+
+    def problem(self, path: str, why: str, stage: str) -> None:
+        if self.problems.get((stage, path)) != why:
+            self.problems[stage, path] = why
+            again = '; it is tried again' if self.options.watch and stage == 'send' else ''
+            self.warn('%s: %s%s' % (self.name(path), why, again))
+
+    def solved(self, path: str, stage: str) -> None:
+        if self.problems and self.problems.pop((stage, path), None) is not None and self.options.watch:
+            self.flush()
+
+    def notice(self, path: str, why: str) -> None:
+        if (path, why) not in self.noticed:
+            self.noticed.add((path, why))
+            self.warn('%s: %s' % (self.name(path), why))
+
+    def debug(self, *words: str) -> None:
+        if self.options.debugging:
+            self.to_stderr('debug: %.6f %s\n' % (time.monotonic(), ' '.join(words)))
+
+    def expect(self, paths: Iterable[str], local: Tree) -> None:
+        """Counts what is about to be sent, for the progress line."""
+        if not self.terminal or self.options.quiet:
+            return
+        entries = [local.get(path) for path in paths]
+        self.files += len(entries)
+        self.bytes += sum(entry.size for entry in entries if entry is not None)
+        self.since = self.since or time.monotonic()
+
+    def moved(self, count: int) -> None:
+        self.bytes_done += count
+        now = time.monotonic()
+        if self.files and now - self.since > 1 and now - self.drawn > 0.1:
+            rate = self.bytes_done / (now - self.since)
+            left = max(0, self.bytes - self.bytes_done) / rate if rate else 0
+            self.to_stderr('\r{:,} of {:,} paths, {:.1f} of {:.1f} MB, {:.1f} MB/s, {:.0f} s left\033[K'.format(
+                self.files_done, self.files, self.bytes_done / 1e6, self.bytes / 1e6, rate / 1e6, left))
+            self.drawn = now
+
+    def erase(self) -> None:
+        if self.drawn:
+            self.to_stderr('\r\033[K')
+            self.drawn = 0.0
+
+    def in_step(self, count: int, seconds: float) -> None:
+        self.files = self.bytes = self.files_done = self.bytes_done = 0
+        self.since = 0.0
+        if self.problems:
+            self.warn('not in step: %d paths could not be replicated' % len(self.problems))
+        else:
+            self.line('in step')
+        self.flush()
+
+
+class Hooks:
+    """Runs the hooks after what they are about is confirmed: the local one in a thread, so that nothing waits for it."""
+
+    def __init__(self, command: str, report: Report):
+        self.command, self.report = command, report
+        self.queue: 'queue.Queue[bytes]' = queue.Queue()
+        self.process: Optional[subprocess.Popen] = None
+        if command:
+            threading.Thread(target=self.work, daemon=True).start()
+
+    def work(self) -> None:
+        while True:
+            paths = self.queue.get()
+            try:
+                self.process = subprocess.Popen(self.command, shell=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                                stderr=subprocess.STDOUT, start_new_session=True)
+                said, _ = self.process.communicate(paths)
+                for line in said.decode(errors='replace').splitlines():
+                    self.report.warn('hook: %s' % shown(line))
+                if self.process.returncode:
+                    self.report.warn('the hook ended with status %d' % self.process.returncode)
+            except OSError as error:
+                self.report.warn('the hook cannot be run: %s' % error.strerror)
+            self.process = None
+            self.queue.task_done()
+
+    def stop(self) -> None:
+        process = self.process
+        if process:
+            try:
+                os.killpg(process.pid, signal.SIGTERM)
+            except OSError:
+                pass
+
+
+class Job:
+    """A large file on its way into the far side's staging, in parts."""
+
+    def __init__(self, name: str, step: Step):
+        self.name, self.step = name, step
+        self.failed = ''
+        self.parts: Iterator[bool] = iter(())       # each sends a part (True), or waits for an answer (False)
+
+
+class Replica:
+    """What the far side holds, and what is on its way there.
+
+    `remote` is what it will hold once it has answered all that is on its way. A step that fails makes its path
+    UNKNOWN, so it is taken again; nothing is said to be replicated before it is answered; and each new connection
+    begins with what the far side lists."""
+
+    def __init__(self, options: 'Options', source: Source, report: 'Report'):
+        self.options, self.source, self.report = options, source, report
+        self.remote = Tree()
+        self.known: Optional[Tree] = None           # what was believed when the last connection was lost
+        self.far: Any = None                        # the Connection
+        self.can: List[str] = []                    # what do_stage said: tar or script, fine or whole, sums, taker
+        self.backlog: Deque[str] = collections.deque()
+        self.waiting: Dict[str, int] = {}           # the paths of the backlog that are still to be sent, and why
+        self.jobs: Dict[str, Job] = {}
+        self.staged: Dict[str, Tuple[str, Entry]] = {}      # path: name in the staging, what it is
+        self.unstable: Dict[str, int] = {}          # how often a file changed while it was read
+        self.alone: Set[str] = set()                # failed among others: sent by itself, to be told why
+        self.tries: Dict[str, int] = {}
+        self.mounts: Set[str] = set()               # directories over there on another file system than the root
+        self.settled: Dict[str, Entry] = {}         # directories whose mode and time the archive itself sets
+        self.confirmed: List[str] = []              # paths, since the hooks last ran
+        self.names = 0
+        self.begun = self.announced = self.is_staged = False
+        self.flying: Dict[int, List[Step]] = {}     # on their way
+        self.last_sent: Dict[str, float] = {}
+
+    # ---- a new connection
+
+    def meet(self, far: Connection) -> None:
+        """Looks at what stands here while the far side starts; then compares."""
+        changed = self.source.look() if self.source.hints.get('') == CONTENT or self.source.watch.fd is None else {}
+        while far.phase != 'live':
+            far.turn(None, self.source.watch.fd)
+            self.source.listen()
+        self.begin(far, changed)
+
+    def begin(self, far: Connection, changed: Dict[str, int]) -> None:
+        """Compares what the far side lists with what stands here, once it is live."""
+        options, source = self.options, self.source
+        self.far = far
+        source.own_staging = far.staging
+        for path, why in source.look().items():
+            changed[path] = max(why, changed.get(path, 0))
+        self.mounts.clear()
+        listed, root_device = [], None
+        for path, entry, device in far.entries():
+            root_device = device if root_device is None else root_device
+            if device != root_device and entry.kind == 'd':
+                self.mounts.add(path)
+            listed.append((path, entry))
+        if options.mirror:
+            source.left_out.ask([path for path, _ in listed if source.tree.get(path) is None], gone=True)
+        self.remote = believe(listed, source.tree, self.known, self.is_ours)
+        del listed, far.listing[:]
+        if far.can:
+            self.probed([far.can])
+        first, self.known = not self.begun, None
+        hints = {path: why for path, why in changed.items() if why == CONTENT}
+        if first and not options.initial:
+            self.remote.root = self.remote.root or source.tree.root
+            hints = {}
+        elif first and options.clean_out:
+            if not options.dry_run:
+                self.probe()
+                self.wait_for('clean')
+            self.remote = Tree()
+            self.remote.root = source.tree.root
+        if not (first and not options.initial):
+            self.compare(hints)
+        self.begun = True
+        if options.dry_run:
+            for step in plan(self.remote, source.tree, hints, not options.no_delete):
+                self.report.line('would %s' % self.words_for(step))
+            return
+        if options.watch:
+            self.probe()                # now, rather than before the first edit
+        self.take_in(hints)
+
+    def is_ours(self, path: str, entry: Entry) -> bool:
+        """Whether something over there that is not here may be removed."""
+        name = path.rpartition('/')[2]
+        return (entry.kind != 'd' and bool(STAGING.fullmatch(name)) or self.options.mirror and path not in self.mounts
+                and not any(path.startswith(mount + '/') for mount in self.mounts) and not self.source.left_out.within(path))
+
+    def compare(self, hints: Dict[str, int]) -> None:
+        """Adds a hint for each path that differs. RACE: a file changed within the same tick as we looked may be other
+        than its time says; it is not believed. A far side that knows only whole seconds cannot tell two changes within
+        one, but those of a session are known from here; only across a restart could the older bytes stay."""
+        local, remote, fresh = self.source.tree, self.remote, self.source.fresh
+        tool, sums = self.far.sums() if self.options.checksum else ('-', {})
+        for path in ['', *local.below('')]:
+            here, there = local.get(path), remote.get(path)
+            if there is not here or path in fresh:
+                hints.setdefault(path, CONTENT if path in fresh else LOOK)
+            if sums and here.kind == 'f' and there is not None and there.kind == 'f' and there.size == here.size:
+                same = path in sums and sums[path] == self.sum_here(tool, path)
+                hints[path] = META if same else CONTENT
+        hints.update((path, LOOK) for path in remote.below('') if local.get(path) is None)
+
+    def sum_here(self, tool: str, path: str) -> str:
+        import hashlib
+        digest = hashlib.new(tool[:-3])
+        try:
+            with open(self.source.full(path), 'rb') as file:
+                for block in iter(lambda: file.read(1 << 20), b''):
+                    digest.update(block)
+        except OSError:
+            return ''
+        return digest.hexdigest()
+
+    def lost(self) -> None:
+        """Notes that what was on its way may or may not have arrived: it is compared anew, and files sent again."""
+        if self.known is None:
+            self.known = self.remote
+        sent = [step.path for steps in self.flying.values() for step in steps if step.verb == 'file']
+        for path in [*sent, *self.jobs, *self.staged, *(path for path, why in self.waiting.items() if why == CONTENT)]:
+            self.source.hint(path, CONTENT)
+        for state in (self.waiting, self.jobs, self.staged, self.alone, self.backlog, self.flying):
+            state.clear()
+        self.can, self.far = [], None
+        self.announced = self.is_staged = False
+
+    def wait_for(self, verb: str, words: Sequence[str] = ()) -> List[str]:
+        """Sends a record and waits for its answer. Raises Lost when it failed."""
+        answers: List[Tuple[int, str, List[str]]] = []
+        self.far.send(verb, words, (), (), lambda *answer: answers.append(answer))
+        while not answers:
+            self.far.turn(None)
+        code, said, values = answers[0]
+        if code:
+            raise Lost('%s failed over there: %s' % (verb, said))
+        if said:
+            self.report.warn('%s over there: %s' % (verb, said))
+        return values
+
+    def probe(self) -> None:
+        """Finds out what the far side can do, before the first record that needs to know."""
+        if not self.can:
+            self.probed(self.wait_for('probe'))
+
+    def stage(self) -> None:
+        """Has the far side make its staging, which is there only while it is needed."""
+        if not self.is_staged:
+            self.is_staged = True
+            self.far.send('stage')
+
+    def rest(self) -> None:
+        """Has the far side remove its staging, and sets the root's time, which that changed."""
+        self.is_staged = False
+        self.far.send('rest')
+        if self.remote.root is not None:
+            self.remote.root = self.remote.root._replace(mtime_ns=None)
+        self.send({'': META})
+
+    def probed(self, values: List[str]) -> None:
+        """Takes note of what the far side can do. Now its staging stands, and must not stand within the source, nor the
+        source within the replica. Raises Stop."""
+        self.can = values[0].split()
+        self.is_staged = True
+        root = self.remote.root
+        if root is not None:
+            self.remote.root = root._replace(mtime_ns=None)
+        here, there = os.path.realpath(self.source.root), os.path.realpath(self.options.destination)
+        overlap = (there + '/').startswith(here + '/') or (here + '/').startswith(there + '/')
+        if (os.path.lexists(os.path.join(here, self.far.staging))
+                or overlap and os.path.lexists(os.path.join(there, self.far.staging))):
+            raise Stop('the replica %s and its source %s are the same or one is inside the other: choose another '
+                       'destination' % (shown(self.options.destination), shown(self.source.root)))
+
+    # ---- sending
+
+    def take_in(self, changed: Dict[str, int]) -> None:
+        """Sends what is to be sent at these paths at once, if it is little; else what goes, moves, and makes directories
+        of what moved; the rest becomes the backlog, which later edits overtake."""
+        local, remote = self.source.tree, self.remote
+        now = time.monotonic()
+        for path in list(changed) if self.options.update_interval else ():
+            wait = self.last_sent.get(path, -1e9) + self.options.update_interval - now
+            if wait > 0 and local.get(path) is not None and remote.get(path) is not None:
+                self.source.hint(path, changed.pop(path), wait)
+        for path in self.source.forgotten:
+            self.cancel(path)
+            remote.put(path, None)
+        del self.source.forgotten[:]
+        for path in changed:
+            changed[path] = max(changed[path], self.waiting.pop(path, 0))
+        big = len(changed) > BULK_PATHS
+        size = 0
+        for path in changed if not big else ():
+            here = local.get(path)
+            size += here.size if here is not None and here.size <= BULK_BYTES else 0
+        if big or size > BULK_BYTES * 4:
+            first = {path: why for path, why in changed.items() if local.get(path) is None and remote.get(path) is not None}
+            movable = {remote.get(below).inode for path in first for below in (path, *remote.below(path))}
+            movable.discard(None)
+            for path, why in changed.items():
+                here = local.get(path)
+                if here is not None and here.inode in movable and remote.get(path) is None:
+                    first[path] = why
+            rest = {path: changed[path] for path in sorted(changed) if path not in first}
+            self.report.expect(rest, local)
+            self.waiting.update(rest)
+            self.backlog.extend(rest)
+            changed = first
+        self.send(changed)
+
+    def send(self, hints: Dict[str, int]) -> None:
+        for path in list(self.jobs):
+            if path in hints and self.source.tree.get(path) is not None:
+                self.source.hint(path, hints.pop(path), QUIET_SECONDS)      # when the job is done it looks again
+            elif any(path == gone or path.startswith(gone + '/') for gone in hints if self.source.tree.get(gone) is None):
+                self.cancel(path)
+        steps = plan(self.remote, self.source.tree, hints, not self.options.no_delete)
+        if not steps:
+            return
+        self.probe()
+        self.announced = False
+        self.settled.clear()
+        for verb, run in itertools.groupby(steps, lambda step: {'file': 'dir', 'link': 'dir'}.get(step.verb, step.verb)):
+            group = list(run)
+            if verb == 'dir':
+                self.send_entries(group)
+            elif verb == 'meta':
+                self.send_metas(group)
+            elif verb == 'move':
+                for step in group:
+                    self.post(verb, (), [wire(step.detail), wire(step.path)], [step])
+            else:
+                for some in self.in_lists(group):
+                    self.post(verb, (), [wire(step.path) for step in some], some)
+
+    def in_lists(self, steps: List[Step]) -> Iterator[List[Step]]:
+        """As many as go in one record; by itself each that failed among others."""
+        some: List[Step] = []
+        for step in steps:
+            if some and (len(some) == LIST_PATHS or step.path in self.alone or some[-1].path in self.alone):
+                yield some
+                some = []
+            some.append(step)
+        if some:
+            yield some
+
+    def post(self, verb: str, words: Sequence[str], paths: Sequence[bytes], steps: List[Step],
+             payload: Sequence[bytes] = ()) -> None:
+        when = time.monotonic()
+        self.flying[id(steps)] = steps
+        self.far.send(verb, words, paths, payload, lambda code, said, _: self.answered(steps, when, code, said))
+
+    def send_metas(self, steps: List[Step]) -> None:
+        """Times many at once where they are the same; modes one by one and after them, the deepest first, since a
+        directory that may not be entered any more must be the last of its own."""
+        fine = self.can[1] == 'fine'
+        times: Dict[str, List[Step]] = {}
+        for step in steps:
+            if 'm' not in step.detail and self.settled.get(step.path) != step.entry:
+                times.setdefault(seconds_of(step.entry.mtime_ns or 0, fine), []).append(step)
+        for when, group in times.items():
+            for some in self.in_lists(group):
+                self.post('meta', ('-', when), [wire(step.path) for step in some], some)
+        for step in steps:
+            if 'm' in step.detail:
+                when = seconds_of(step.entry.mtime_ns or 0, fine) if 't' in step.detail else '-'
+                self.post('meta', ('%05o' % step.entry.mode, when), [wire(step.path)], [step])
+
+    def send_entries(self, steps: List[Step]) -> None:
+        """New directories, files and links: together, or where they are few, failed before, or cannot, one by one."""
+        batch: List[Tuple[Step, bytes]] = []
+        size = 0
+        for step in steps:
+            data = b''
+            if step.verb == 'file':
+                if step.path in self.staged:
+                    name, entry = self.staged.pop(step.path)
+                    if entry == step.entry:
+                        self.send_batch(batch)
+                        batch, size = [], 0
+                        self.send_file(step, b'', name)
+                        continue
+                    self.far.send('drop', (name,))
+                if step.entry.size > BULK_BYTES:
+                    self.start_job(step)
+                    continue
+                read = self.read(step)
+                if read is None:
+                    continue
+                step, data = read
+            crosses = self.mounts and any(step.path.startswith(mount + '/') for mount in self.mounts)   # no rename
+            if step.path in self.alone or crosses or not 0 <= (step.entry.mtime_ns or 0) < 8 * 10**18:
+                self.send_batch(batch)
+                batch, size = [], 0
+                self.send_one(step, data)
+                continue
+            batch.append((step, data))
+            size += len(data) + 512
+            if size >= BULK_BYTES * 2 or len(batch) >= BULK_PATHS:
+                self.send_batch(batch)
+                batch, size = [], 0
+        self.send_batch(batch)
+
+    def send_one(self, step: Step, data: bytes) -> None:
+        if step.verb == 'file':
+            self.send_file(step, data, '-')
+        elif step.verb == 'dir':
+            self.settled.pop(parent(step.path), None)
+            self.post('dir', (umask_for(step.entry.mode),), [wire(step.path)], [step])
+        else:
+            self.settled.pop(parent(step.path), None)
+            target = os.fsencode(step.entry.target).replace(b'\n', b'/\n') + b'.'
+            self.post('link', (seconds_of(step.entry.mtime_ns or 0, self.can[1] == 'fine'),), [target, wire(step.path)], [step])
+
+    def send_file(self, step: Step, data: bytes, name: str) -> None:
+        self.settled.pop(parent(step.path), None)
+        entry = step.entry
+        mode = '-' if name == '-' and not entry.mode & ~0o666 else '%05o' % entry.mode
+        words = umask_for(entry.mode), mode, seconds_of(entry.mtime_ns or 0, self.can[1] == 'fine'), name
+        self.post('file', words, [wire(step.path)], [step], [data])
+
+    def send_batch(self, batch: List[Tuple[Step, bytes]]) -> None:
+        """Each entry goes to the staging below the number of the directory it belongs in, the nearest that stands over
+        there already; so a new directory is moved to its place with all that is in it."""
+        if len(batch) < 3:
+            for step, data in batch:
+                self.send_one(step, data)
+            return
+        self.stage()
+        numbers: Dict[str, int] = {}
+        inside: Dict[str, bytes] = {}           # new directory: its name in the staging
+        top = Entry('d', 0o700)
+        members: List[Member] = [(b'b', top, b'')]
+        # Each directory with all that is in it at a stretch: else GNU's tar sets its time before its last file is there.
+        for step, data in sorted(batch, key=lambda pair: pair[0].path.replace('/', '\0')):
+            above, _, name = step.path.rpartition('/')
+            base = inside.get(above)
+            if base is None:
+                self.settled.pop(above, None)
+                if above not in numbers:
+                    numbers[above] = len(numbers) + 1
+                    members.append((b'b/%d' % numbers[above], top, b''))
+                base = b'b/%d' % numbers[above]
+            name_there = base + b'/' + os.fsencode(name)
+            if step.verb == 'dir':
+                inside[step.path] = name_there
+                here = self.source.tree.get(step.path)
+                if here is not None and here.mode == step.entry.mode and self.can[0] != 'tar':
+                    self.settled[step.path] = here
+            members.append((name_there, step.entry, data))
+        if self.can[0] == 'script':
+            kind, payload = 'script', [script(members, self.can[1] == 'fine')]
+        else:
+            kind, payload = 'tar', [archive(members)]
+        self.post('bulk', (kind,), [wire(path) for path in numbers], [step for step, _ in batch], payload)
+
+    def read(self, step: Step) -> Optional[Tuple[Step, bytes]]:
+        """The bytes of a small file, as they were at one moment, and the step with the size and time of that moment. None
+        if there is nothing to send now; then it was said or hinted."""
+        path = step.path
+        try:
+            fd = os.open(self.source.full(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            self.unreadable(path, error)
+            return None
+        try:
+            for attempt in range(3):
+                before = os.fstat(fd)
+                if not stat.S_ISREG(before.st_mode) or before.st_size > BULK_BYTES:
+                    self.remote.put(path, UNKNOWN)
+                    self.source.hint(path, CONTENT)
+                    return None
+                data = os.pread(fd, before.st_size + 1, 0)
+                after = os.fstat(fd)
+                if len(data) == before.st_size and (before.st_mtime_ns, before.st_size) == (after.st_mtime_ns, after.st_size):
+                    break
+            else:                       # it never stands still: this is as good as any, and it will be sent again
+                data = data[:before.st_size]
+                self.source.hint(path, CONTENT, QUIET_SECONDS, OPEN_SECONDS)
+            if len(data) != step.entry.size or before.st_mtime_ns != step.entry.mtime_ns:
+                entry = entry_of(before, '')._replace(size=len(data))
+                self.source.tree.put(path, entry)
+                self.remote.put(path, entry)
+                step = step._replace(entry=entry)
+            return step, data
+        except OSError as error:
+            self.unreadable(path, error)
+            return None
+        finally:
+            os.close(fd)
+
+    def unreadable(self, path: str, error: OSError) -> None:
+        """RACE: what vanished or became something else after we looked has its own event; it is looked at once more."""
+        self.remote.put(path, UNKNOWN)
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
+            self.source.hint(path, LOOK, 0 if error.errno != errno.ENXIO else 1)
+        else:
+            self.failed(path, 'cannot be read: %s' % error.strerror)
+
+    # ---- large files
+
+    def start_job(self, step: Step) -> None:
+        self.cancel(step.path)
+        self.stage()
+        self.names += 1
+        job = Job('part%d' % self.names, step)
+        job.parts = self.upload(job)
+        self.jobs[step.path] = job
+        self.remote.put(step.path, UNKNOWN)
+
+    def cancel(self, path: str) -> None:
+        job = self.jobs.pop(path, None)
+        if job:
+            job.parts.close()
+            self.far.send('drop', (job.name,))
+        if path in self.staged:
+            self.far.send('drop', (self.staged.pop(path)[0],))
+
+    def upload(self, job: Job) -> Iterator[bool]:
+        """Sends a file into the staging, and has it looked at again: if it is still the same it then takes its place. Of a
+        file that stands there already in another state only the blocks that differ are sent."""
+        path, entry = job.step.path, job.step.entry
+        answers: List[Tuple[int, str, List[str]]] = []
+
+        def done(code: int, said: str, values: List[str]) -> None:
+            if code:
+                job.failed = said or 'it could not be written there'
+
+        try:
+            fd = os.open(self.source.full(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            self.unreadable(path, error)
+            return
+        try:
+            size, at, blocks = entry.size, 0, 0
+            common = min(size, int(job.step.detail or 0))
+            block = BLOCK * -(-common // (BLOCK * 256)) if common else BLOCK
+            if common > BULK_BYTES and self.can[2] != '-':
+                import hashlib
+                blocks = common // block
+                self.far.send('base', (job.name, str(blocks), str(block)), [wire(path)], (),
+                              lambda *answer: answers.append(answer))
+                while not answers:
+                    yield False
+                code, said, values = answers[0]
+                sums = [value.split()[0] for value in values if value]
+                if code or len(sums) != blocks:
+                    blocks = 0          # it is not there as it was: send it whole
+                for index in range(blocks):
+                    data = os.pread(fd, block, at)
+                    if len(data) == block and hashlib.new(self.can[2][:-3], data).hexdigest() != sums[index]:
+                        self.far.send('part', (str(at // BLOCK), job.name), (), [data], done)
+                        yield True
+                    elif index % 16 == 0:
+                        yield True      # so that nothing waits for long while we count
+                    at += block
+            while at < size and not job.failed:
+                part = max(BLOCK, min(BULK_BYTES * 8, self.far.window // 4) // BLOCK * BLOCK)
+                pieces = []
+                for start in range(at, min(at + part, size), BLOCK * 4):
+                    pieces.append(os.pread(fd, min(BLOCK * 4, min(at + part, size) - start), start))
+                if not pieces[0]:
+                    break               # it shrank: that is seen below
+                self.far.send('part', ('-' if at else '+', job.name), (), pieces, done)
+                at += sum(map(len, pieces))
+                self.report.moved(part)
+                yield True
+            after = os.fstat(fd)
+        except OSError as error:
+            self.unreadable(path, error)
+            self.far.send('drop', (job.name,))
+            return
+        finally:
+            os.close(fd)
+        if job.failed:
+            self.far.send('drop', (job.name,))
+            self.failed(path, job.failed)
+            return
+        still = (after.st_size, after.st_mtime_ns) == (entry.size, entry.mtime_ns)
+        self.unstable[path] = 0 if still else self.unstable.get(path, 0) + 1
+        if still or self.unstable[path] > 2 and after.st_size >= size:
+            if not still:               # it never stands still: what was read is better than nothing, and is sent again
+                self.source.hint(path, CONTENT, QUIET_SECONDS, OPEN_SECONDS)
+            self.staged[path] = job.name, entry
+            del self.jobs[path]
+            here = self.source.tree.get(path)
+            if here is not None and here.kind == 'f':
+                self.source.tree.put(path, entry)
+                self.send({path: CONTENT})
+                return
+        self.far.send('drop', (job.name,))
+        self.source.hint(path, CONTENT)
+
+    def fill(self) -> bool:
+        """Sends of what can wait as much as there is room for: a part of each large file, and a slice of the backlog.
+        Whether there may be more to do at once."""
+        busy = False
+        for path, job in list(self.jobs.items()):
+            if self.far.has_room():
+                state = next(job.parts, None)
+                if state is None and self.jobs.get(path) is job:
+                    del self.jobs[path]
+                busy = busy or state is not False
+        size, some = 0, {}
+        while self.backlog and self.far.has_room() and len(some) < BULK_PATHS and size < BULK_BYTES:
+            path = self.backlog.popleft()
+            if path in self.waiting:
+                some[path] = self.waiting.pop(path)
+                here = self.source.tree.get(path)
+                size += here.size if here is not None and here.size <= BULK_BYTES else 0
+        if some:
+            self.send(some)
+        return busy or bool(some)
+
+    # ---- answers
+
+    def answered(self, steps: List[Step], when: float, code: int, said: str) -> None:
+        """Confirms steps, or takes back the belief that they were taken."""
+        self.flying.pop(id(steps), None)
+        if code == 0:
+            took = (time.monotonic() - when) * 1000
+            if said:
+                self.report.warn('%s: the far side says: %s' % (shown(steps[0].path), said))
+            for step in steps:
+                self.confirm(step, took)
+            self.report.flush()
+            return
+        for step in steps:
+            if step.verb in ('remove', 'rmdir'):
+                if (step.verb == 'rmdir' and len(steps) == 1 and 'not empty' in said.lower()
+                        and not self.remote.folders.get(step.path)):
+                    self.report.notice(step.path, 'stays over there: it holds something that was not replicated')
+                    self.alone.discard(step.path)
+                    return
+                self.still_there(step)
+            else:
+                self.remote.put(step.path, UNKNOWN)
+            if step.verb == 'move':
+                self.still_there(step._replace(path=step.detail))
+                self.again(step.detail)
+            if len(steps) > 1:
+                self.alone.add(step.path)
+                self.again(step.path)
+            elif step.verb == 'move':
+                self.again(step.path)
+            else:
+                self.failed(step.path, said or 'it could not be done over there')
+        if code == 2:
+            raise Drifted('%s: %s' % (shown(steps[0].path), said or 'it is not there any more'))
+
+    def still_there(self, step: Step) -> None:
+        """Takes back a removal, and those of the directories above it, which cannot have gone either."""
+        above = parent(step.path)
+        missing = []
+        while not self.remote.is_directory(above):
+            missing.append(above)
+            above = parent(above)
+        for path in reversed(missing):
+            self.remote.put(path, Entry('d', 0o700))
+        if not self.remote.is_directory(step.path):
+            self.remote.put(step.path, UNKNOWN)
+
+    def again(self, path: str, delay: float = 0) -> None:
+        """Has a path compared and sent again, a directory without all that is in it."""
+        self.source.hint(path, LOOK if self.source.tree.is_directory(path) else CONTENT, delay)
+
+    def failed(self, path: str, why: str) -> None:
+        """Says why a path could not be replicated, once, and has it tried again while there is somebody to see it."""
+        self.report.problem(path, why, 'send')
+        tries = self.tries[path] = self.tries.get(path, -1) + 1
+        if self.options.watch:
+            self.again(path, min(RETRY_MOST_SECONDS, RETRY_SECONDS * 2 ** min(tries, 9)))
+
+    def confirm(self, step: Step, took_ms: float) -> None:
+        path = step.path
+        self.report.solved(path, 'send')
+        self.tries.pop(path, None)
+        self.alone.discard(path)
+        quiet = step.verb == 'meta' and 'm' not in step.detail and self.remote.is_directory(path)
+        if quiet:                       # a directory's time changes with what is in it: not worth a line
+            return
+        self.confirmed.append(path)
+        if step.verb == 'file':
+            self.last_sent[path] = time.monotonic()
+        self.report.line('%s (%s%.0f ms)' % (self.words_for(step, True), '{:,} bytes, '.format(step.entry.size)
+                                             if step.verb == 'file' else '', took_ms), step)
+
+    @staticmethod
+    def words_for(step: Step, past: bool = False) -> str:
+        verb = {'dir': ('make', 'made'), 'file': ('send', 'sent'), 'link': ('link', 'linked'), 'meta': ('update', 'updated'),
+                'remove': ('remove', 'removed'), 'rmdir': ('remove', 'removed'), 'move': ('rename', 'renamed')}[step.verb][past]
+        slash = '/' if step.verb in ('dir', 'rmdir') else ''
+        arrow = ' -> ' + shown(step.path) if step.verb == 'move' else ''
+        return '%s %s%s%s' % (verb, shown(step.detail if step.verb == 'move' else step.path), slash, arrow)
+
+    def run_hooks(self, hooks: Hooks) -> None:
+        """Runs the hooks if something was confirmed since they last ran, with the paths that were."""
+        names = b''.join(os.fsencode(path) + b'\0' for path in dict.fromkeys(self.confirmed))
+        self.confirmed.clear()
+        if names and self.options.remote_hook:
+            self.stage()
+            self.far.send('hook', (), (), [names], self.remote_hook_ended)
+        if names and self.options.hook:
+            hooks.queue.put(names)
+
+    def remote_hook_ended(self, code: int, said: str, _: List[str]) -> None:
+        if said:
+            self.report.warn('remote hook: %s' % said)
+
+    def is_idle(self) -> bool:
+        """Whether nothing is on its way or waiting, but what failed and is tried again later."""
+        return not (self.source.hints or self.waiting or self.backlog or self.jobs or self.far.flight or self.far.out
+                    or any(path not in self.tries for path in self.source.later))
+
+
+class Drifted(Lost):
+    """The far side is no longer what it listed: somebody changed the replica there. A new connection lists it anew."""
+
+
+def replicate(options: 'Options') -> int:
+    """The whole program: looks at the source while the far side starts, compares, sends what differs, and goes on as
+    long as it is watched; when a connection ends, it makes another and begins again. Returns the exit status; raises
+    Stop where it cannot go on."""
+    report = Report(options)
+    left_out = LeftOut(options.source, options.excludes, options.gitignore)
+    watch = Watch(options.source, options.watch and not options.poll)
+    source = Source(options.source, left_out, watch, report)
+    replica = Replica(options, source, report)
+    hooks = Hooks(options.hook, report)
+    retry = Retry(options, report)
+    source.hint('', CONTENT)
+    try:
+        while True:
+            far = None
+            try:
+                source.ask_git()
+                far = Connection(options.command, options.program(left_out.find_words()), report)
+                source.meanwhile = lambda: (far.turn(0), source.listen())
+                replica.meet(far)
+                retry.connected()
+                keep_in_step(options, source, replica, hooks, report)
+                return 1 if report.problems else 0
+            except Lost as why:
+                replica.lost()
+                retry.wait(why, source)
+            finally:
+                source.meanwhile = source.listen
+                if far:
+                    far.close()
+    finally:
+        hooks.stop()
+        left_out.close()
+        report.flush()
+
+
+def keep_in_step(options: 'Options', source: Source, replica: Replica, hooks: Hooks, report: Report) -> None:
+    """Sends what is hinted at before the backlog, and says when everything is confirmed. Returns when that is all."""
+    next_look = time.monotonic() + (options.poll or POLL_SECONDS)
+    while True:
+        now = time.monotonic()
+        wait = source.due(now)
+        if options.watch and source.watch.fd is None:
+            if source.watch.why_not:
+                report.notice('', 'is looked at every %g seconds: %s' % (options.poll or POLL_SECONDS, source.watch.why_not))
+            if now >= next_look:
+                source.hint('', CONTENT)
+                next_look = now + (options.poll or POLL_SECONDS)
+            wait = min(next_look - now, wait if wait is not None else 1e9)
+        if source.hints or source.rules_changed:
+            replica.take_in(source.look())
+        busy = replica.fill()
+        if not busy and replica.is_staged and replica.is_idle():
+            replica.rest()
+        elif not busy and replica.is_idle():
+            if not replica.announced:
+                replica.announced = True
+                report.in_step(0, 0)
+                replica.run_hooks(hooks)
+            if not options.watch and replica.is_idle():
+                hooks.queue.join()
+                return
+        replica.far.turn(0 if busy or source.hints else wait, source.watch.fd)
+        source.listen()
+
+
+class Retry:
+    """When to connect again, and what the user sees of it: one line when the connection is lost, one when it is back."""
+
+    def __init__(self, options: 'Options', report: Report):
+        self.options, self.report = options, report
+        self.ever = self.lost = False
+        self.delay = 0.0
+        self.since = 0.0
+        self.taken: List[float] = []    # when our staging was taken away
+
+    def connected(self) -> None:
+        if self.lost:
+            self.report.warn('connected again')
+        self.ever, self.lost, self.since = True, False, time.monotonic()
+
+    def wait(self, why: Lost, source: Source) -> None:
+        """Waits before the next attempt, collecting events. Raises Stop when there is none."""
+        if not self.ever and not self.options.wait:
+            raise Stop('cannot replicate to %s: %s; try the connection command by hand, or --wait for it'
+                       % (shown(self.options.destination), why))
+        now = time.monotonic()
+        if 'staging was taken' in str(why):
+            self.taken = [when for when in self.taken if now - when < 60] + [now]
+            if len(self.taken) > 2:
+                raise Stop('another file_replicator replicates to %s: end one of them' % shown(self.options.destination))
+        if self.ever and now - self.since > 5:
+            self.delay = 0.0
+        if isinstance(why, Drifted):
+            self.report.warn('the replica was changed over there (%s): comparing again' % why)
+        elif not self.lost:
+            self.report.warn('connection lost: %s; connecting again' % why if self.ever else
+                             'waiting for the far side: %s' % why)
+            self.lost = True
+        else:
+            self.report.debug('connection', str(why))
+        end = now + self.delay
+        self.delay = min(5.0, max(0.1, self.delay * 2))
+        while time.monotonic() < end:
+            fds = [source.watch.fd] if source.watch.fd is not None else []
+            select.select(fds, [], [], max(0, end - time.monotonic()))
+            source.listen()
+
+
+# ==== 9. Command line =========================================================================================
+
+class Options(NamedTuple):
+    """The command line."""
+    source: str                 # absolute, or as it was given
+    destination: str            # the replica itself: DEST_PARENT_DIR/basename(SRC_DIR)
+    command: List[str]
+    initial: bool
+    watch: bool
+    clean_out: bool
+    no_delete: bool
+    mirror: bool
+    checksum: bool
+    dry_run: bool
+    gitignore: bool
+    excludes: List[str]
+    poll: float                 # seconds; 0: inotify
+    update_interval: float      # seconds; 0: none
+    wait: bool
+    hook: str
+    remote_hook: str
+    quiet: bool
+    debugging: bool
+    log_file: str
+
+    def program(self, find_words: Sequence[str]) -> Callable[[str], str]:
+        """What to send, given the nonce: the receiver as it stands, and one call of it."""
+        flags = 'g' * (self.mirror or self.clean_out) + 'c' * self.checksum + 'd' * self.dry_run
+        return lambda nonce: '%s\nmain "$0" %s\n' % (RECEIVER, ' '.join(
+            shlex.quote(word) for word in (nonce, self.destination, flags + '-', self.remote_hook, *find_words)))
+
+
+DESCRIPTION = '''\
+Makes DEST_PARENT_DIR/basename(SRC_DIR) on the far side of CONNECTION_COMMAND the same as SRC_DIR, and keeps it so.
+CONNECTION_COMMAND is anything whose standard input reaches a POSIX shell. Nothing is installed over there.'''
+
+EXAMPLES = '''\
+examples:
+  to a server:              file_replicator.py . /srv ssh host bash
+  into a container:         file_replicator.py app /opt docker exec -i NAME sh
+  into a service:           file_replicator.py app /opt docker-compose exec -T SERVICE sh
+  into a pod:               file_replicator.py app /opt -- kubectl exec -i POD -c main -- sh
+  on this machine:          file_replicator.py app /tmp/copies bash
+  once, exactly the same:   file_replicator.py --mirror --no-replicate-on-change app /srv ssh host bash
+
+exit status: 0 in step, or stopped as asked; 1 something could not be replicated, or gave up; 2 the command line is wrong'''
+
+
+def positive_seconds(text: str) -> float:
+    try:
+        value = float(text)
+        if 0 < value < 1e6:
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError('%r is no number of seconds above 0' % text)
+
+
+def exclude_pattern(text: str) -> str:
+    try:
+        pattern_regex(text)
+    except (ValueError, re.error) as error:
+        raise argparse.ArgumentTypeError('%r is no pattern: %s' % (text, error))
+    return text
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='file_replicator.py', description=DESCRIPTION, epilog=EXAMPLES, add_help=False, allow_abbrev=False,
+        usage='file_replicator.py [OPTIONS] SRC_DIR DEST_PARENT_DIR CONNECTION_COMMAND...',
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110))
+    what = parser.add_argument_group('what is replicated')
+    what.add_argument('--gitignore', action='store_true', default=True, help='leave out what git ignores, and .git (default)')
+    what.add_argument('--no-gitignore', dest='gitignore', action='store_false', help='leave out nothing that git ignores')
+    what.add_argument('--exclude', metavar='PATTERN', action='append', default=[], type=exclude_pattern,
+                      help='leave out, and never touch there: NAME at any depth, /PATH from SRC_DIR, DIR/ only '
+                           'directories; * ? [] within a name, ** across (repeatable)')
+    what.add_argument('--clean-out-first', action='store_true', help='empty the replica first, dot-files too (default: no)')
+    what.add_argument('--mirror', action='store_true', help='also remove what is there and not here (default: no)')
+    what.add_argument('--no-delete', action='store_true', help='remove nothing there (default: what goes here goes there)')
+    what.add_argument('--checksum', action='store_true', help='compare contents, not size and time, when connecting (default: no)')
+    what.add_argument('--dry-run', action='store_true', help='connect, compare, print what would be done, change nothing')
+    when = parser.add_argument_group('when')
+    when.add_argument('--with-initial-replication', dest='initial', action='store_true', default=True,
+                      help='send what differs at the start (default)')
+    when.add_argument('--no-initial-replication', dest='initial', action='store_false', help='send only what changes later')
+    when.add_argument('--replicate-on-change', dest='watch', action='store_true', default=True,
+                      help='watch, and send each change (default)')
+    when.add_argument('--no-replicate-on-change', dest='watch', action='store_false', help='end when all is replicated')
+    when.add_argument('--poll', metavar='SECONDS', type=positive_seconds, default=0,
+                      help='look at everything at this interval instead of using inotify (default: inotify)')
+    when.add_argument('--update-interval', metavar='SECONDS', type=positive_seconds, default=0,
+                      help='send a file that keeps changing at most this often (default: each change)')
+    when.add_argument('--wait', action='store_true', help='keep trying until the far side is up (default: only once it was)')
+    after = parser.add_argument_group('after something was replicated')
+    after.add_argument('--hook', metavar='COMMAND', default='',
+                       help='run this here, through the shell; the paths on its standard input, NUL-separated')
+    after.add_argument('--remote-hook', metavar='COMMAND', default='', help='the same over there, in the replica')
+    words = parser.add_argument_group('words')
+    words.add_argument('--quiet', action='store_true', help='only warnings and errors')
+    words.add_argument('--log-file', metavar='PATH', default='', help='append all lines, with the time, to this file')
+    words.add_argument('--debugging', action='store_true', help='show events, steps and records')
+    words.add_argument('--receiver', action='store_true', help='print what runs over there, and exit')
+    words.add_argument('--version', action='version', version='file_replicator %s' % __version__, help='print the version, and exit')
+    words.add_argument('--help', action='help', help='print this, and exit')
+    return parser
+
+
+def split_command_line(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Tuple[List[str], List[str], List[str]]:
+    """Options, SRC_DIR and DEST_PARENT_DIR, connection command. By hand, since argparse (3.8 to 3.13) would take options
+    out of the command, and drop a -- of its own."""
+    options: List[str] = []
+    places: List[str] = []
+    takes_value = {name for action in parser._actions if action.nargs is None for name in action.option_strings}
+    rest = collections.deque(argv)
+    only_places = False
+    while rest and (len(places) < 2 or not only_places and rest[0].startswith('-') and rest[0] not in ('-', '--')):
+        word = rest.popleft()
+        if only_places or word == '-' or not word.startswith('-'):
+            places.append(word)
+        elif word == '--':
+            only_places = True
+        else:
+            options.append(word)
+            if word in takes_value and rest:
+                options.append(rest.popleft())
+    if rest and rest[0] == '--':
+        rest.popleft()
+    return options, places, list(rest)
+
+
+def parse(argv: Sequence[str]) -> Options:
+    parser = make_parser()
+    words, places, command = split_command_line(parser, argv)
+    given = parser.parse_args(words)
+    if given.receiver:
+        sys.stdout.write(RECEIVER)
+        raise SystemExit(0)
+    if len(places) < 2 or not command:
+        parser.error('needs SRC_DIR, DEST_PARENT_DIR and CONNECTION_COMMAND; see --help')
+    source = os.path.abspath(places[0])
+    name = os.path.basename(source)
+    if not os.path.isdir(source):
+        parser.error('SRC_DIR %s is no directory' % shown(places[0]))
+    if not name:
+        parser.error('SRC_DIR %s has no name that the replica could have' % shown(places[0]))
+    if not places[1].startswith('/'):
+        parser.error('DEST_PARENT_DIR %s is not absolute: nobody knows where the far side begins' % shown(places[1]))
+    if '\0' in places[1] + name:
+        parser.error('a path holds a NUL')
+    fields = {key: value for key, value in vars(given).items() if key in Options._fields}
+    return Options(source=source, destination=places[1].rstrip('/') + '/' + name, command=command,
+                   clean_out=given.clean_out_first, excludes=given.exclude, watch=fields.pop('watch') and not given.dry_run,
+                   **fields)
+
+
+class Stopped(BaseException):
+    """A signal asked us to end."""
+
+
+def main(argv: Sequence[str]) -> int:
+    def stop(number: int, frame: Any) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(each, signal.SIG_IGN)
+        raise Stopped
+
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, stop)
+    try:
+        return replicate(parse(argv))
+    except (Stop, Lost) as why:
+        sys.stderr.buffer.write(('file_replicator: %s\n' % why).encode(sys.stderr.encoding or 'ascii', 'backslashreplace'))
+        return 1
+    except Stopped:
+        return 0
+    except BrokenPipeError:             # nobody reads what we say, and nobody asked for more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+
+
+if __name__ == '__main__':
+    raise SystemExit(main(sys.argv[1:]))
