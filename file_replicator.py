@@ -915,6 +915,9 @@ class Source:
         self.hints: Dict[str, int] = {}                     # to be looked at now: META, LOOK or CONTENT
         self.later: Dict[str, Tuple[float, float, int]] = {}    # path: (when, since when, hint)
         self.fresh: Set[str] = set()    # looked at so soon after a change that the next could leave the same time
+        self.names: Dict[Any, str] = {}         # inode: the path it was last seen at
+        self.twins: Dict[Any, Set[str]] = {}    # inode: the paths of a file that has several
+        self.now_ns = 0                 # when this look began
         self.own_staging = ''           # the name of this session's staging, which must not turn up here
         self.rules_changed = False
         self.forgotten: List[str] = []  # what became left out, for the replica to forget too
@@ -1024,6 +1027,11 @@ class Source:
         if self.rules_changed or self.hints.get('') == CONTENT:
             self.ask_git()
         hints, self.hints = self.hints, {}
+        self.now_ns = time.time_ns()
+        for path in list(hints) if self.twins else ():
+            entry = self.tree.get(path)
+            for twin in self.twins.get(entry.inode, ()) if entry is not None else ():
+                hints[twin] = max(hints[path], hints.get(twin, 0))
         if hints.get('') == CONTENT:
             hints = {**dict.fromkeys(self.fresh, CONTENT), **hints}
             self.fresh.clear()
@@ -1049,7 +1057,7 @@ class Source:
         """What stands there: None for nothing, UNKNOWN if that cannot be said (and it was said why)."""
         full = self.full(path)
         try:
-            entry = entry_of(os.stat(full) if not path else os.lstat(full), full)
+            entry = self.examine(path, os.stat(full) if not path else os.lstat(full))
             self.report.solved(path, 'look')
             return entry
         except (FileNotFoundError, NotADirectoryError):
@@ -1065,7 +1073,6 @@ class Source:
             self.lose(path, changed)
             why = CONTENT
         self.tree.put(path, entry)
-        self.note_fresh(path, entry)
         changed[path] = max(why, changed.get(path, 0))
         if entry.kind == 'd' and (why == CONTENT or before is None or before.kind != 'd'):
             self.scan(path, changed, everything=not path)
@@ -1110,7 +1117,7 @@ class Source:
                         if name in names:
                             self.lose(path, changed)
                         continue
-                    entry = entry_of(item.stat(follow_symlinks=False), item.path)
+                    entry = self.examine(path, item.stat(follow_symlinks=False))
                 except FileNotFoundError:
                     continue
                 except OSError as error:
@@ -1133,17 +1140,22 @@ class Source:
         if before is not None and before.kind == 'd' and entry.kind != 'd':
             self.lose(path, changed)
         self.tree.put(path, entry)
-        self.note_fresh(path, entry)
         changed.setdefault(path, LOOK)
 
-    def note_fresh(self, path: str, entry: Entry) -> None:
-        """A file looked at within a tick of its last change may change again and keep its time: git calls it racily clean.
-        Its size and time prove nothing, so when events were lost, or at a new connection, it is sent again."""
-        age_ns = time.time_ns() - (entry.mtime_ns or 0)
-        if entry.kind == 'f' and age_ns < (50 * 10**6 if (entry.mtime_ns or 0) % 10**9 else 2 * 10**9):
-            self.fresh.add(path)
-        if path.endswith('.gitignore') and (entry.mtime_ns or 0) > self.git_asked_ns:
-            self.rules_changed = self.left_out.ask_git
+    def examine(self, path: str, status: os.stat_result) -> Entry:
+        """An entry, with notes. A file looked at within a tick of its last change may change again and keep its time: git
+        calls it racily clean. Its size and time prove nothing, so when events were lost, or at a new connection, it is
+        sent again. Of a file with several names an event only tells one; the others are looked at with it."""
+        entry = entry_of(status, self.full(path))
+        if entry.kind == 'f':
+            if self.now_ns - status.st_mtime_ns < (50 * 10**6 if status.st_mtime_ns % 10**9 else 2 * 10**9):
+                self.fresh.add(path)
+            if status.st_nlink > 1:
+                self.twins.setdefault(entry.inode, set()).update((path, self.names.get(entry.inode, path)))
+            self.names[entry.inode] = path
+            if path.endswith('.gitignore') and status.st_mtime_ns > self.git_asked_ns:
+                self.rules_changed = self.left_out.ask_git
+        return entry
 
     def admits(self, path: str, entry: Entry) -> bool:
         """Whether this is something that can be replicated; says if it is not. Raises Stop at our own staging."""
@@ -1332,9 +1344,10 @@ def believe(listed: Iterable[Tuple[str, Entry]], local: Tree, known: Optional[Tr
             remote.put(path, here if same and same_time(entry.mtime_ns, here.mtime_ns) else entry)
             continue
         before = known.get(path) if known else None
-        if before is not None and before.kind in (entry.kind, '?'):
-            same = before.size == entry.size and same_time(entry.mtime_ns, before.mtime_ns)
-            remote.put(path, before if same or entry.kind == 'd' and before.kind == 'd' else entry)
+        if before is not None:
+            same = before.kind == entry.kind and (entry.kind == 'd' or before.size == entry.size
+                                                  and same_time(entry.mtime_ns, before.mtime_ns))
+            remote.put(path, before if same else entry)
         elif ours(path, entry):
             remote.put(path, entry)
     return remote
@@ -1646,7 +1659,7 @@ class Connection:
     def hear_line(self, line: bytes) -> None:
         at = line.find(self.nonce.encode())
         if at < 0:
-            if line and not re.match(rb'\d+\+\d+ records |\d+ bytes .*copied', line):
+            if line and not re.match(rb'\d+\+\d+ records |\d+ bytes .*copied|.*: (time stamp|implausibly old) ', line):
                 self.said.append(shown(line.decode(errors='surrogateescape')))
             return
         if at > 0:                      # somebody else's line that did not end
@@ -2044,6 +2057,13 @@ class Replica:
 
     def lost(self) -> None:
         """Notes that what was on its way may or may not have arrived: it is compared anew, and files sent again."""
+        for steps in reversed(list(self.flying.values())):
+            for step in reversed(steps):        # what was about to go may still be there
+                if step.verb in ('remove', 'rmdir'):
+                    self.still_there(step.path)
+                elif step.verb == 'move':
+                    for path in [step.path, *self.remote.below(step.path)]:
+                        self.still_there(step.detail + path[len(step.path):])
         if self.known is None:
             self.known = self.remote
         sent = [step.path for steps in self.flying.values() for step in steps if step.verb == 'file']
@@ -2462,11 +2482,11 @@ class Replica:
                     self.report.notice(step.path, 'stays over there: it holds something that was not replicated')
                     self.alone.discard(step.path)
                     return
-                self.still_there(step)
+                self.still_there(step.path)
             else:
                 self.remote.put(step.path, UNKNOWN)
             if step.verb == 'move':
-                self.still_there(step._replace(path=step.detail))
+                self.still_there(step.detail)
                 self.again(step.detail)
             if len(steps) > 1:
                 self.alone.add(step.path)
@@ -2478,17 +2498,17 @@ class Replica:
         if code == 2:
             raise Drifted('%s: %s' % (shown(steps[0].path), said or 'it is not there any more'))
 
-    def still_there(self, step: Step) -> None:
+    def still_there(self, path: str) -> None:
         """Takes back a removal, and those of the directories above it, which cannot have gone either."""
-        above = parent(step.path)
         missing = []
+        above = parent(path)
         while not self.remote.is_directory(above):
             missing.append(above)
             above = parent(above)
-        for path in reversed(missing):
-            self.remote.put(path, Entry('d', 0o700))
-        if not self.remote.is_directory(step.path):
-            self.remote.put(step.path, UNKNOWN)
+        for above in reversed(missing):
+            self.remote.put(above, Entry('d', 0o700))
+        if self.remote.get(path) is None:
+            self.remote.put(path, UNKNOWN)
 
     def again(self, path: str, delay: float = 0) -> None:
         """Has a path compared and sent again, a directory without all that is in it."""
