@@ -23,14 +23,16 @@ Read from the top: the receiver is all that runs over there. The program itself 
 2, 5 and 6 touch nothing, no clock, no disk and no process.
 """
 
+from __future__ import annotations      # so that none of them costs time at the start
+
 import argparse
 import collections
 import errno
 import fcntl
 import functools
+import gc
 import itertools
 import os
-import queue
 import re
 import select
 import shlex
@@ -38,7 +40,6 @@ import signal
 import stat
 import subprocess
 import sys
-import threading
 import time
 from typing import (Any, Callable, Collection, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Pattern,
                     Sequence, Set, Tuple)
@@ -598,9 +599,11 @@ def parent(path: str) -> str:
 
 def shown(path: str) -> str:
     """A path for people: what a terminal could take for a command is escaped, whatever the locale."""
+    if path.isprintable() and '\\' not in path:
+        return path or '.'
     return ''.join(c if c.isprintable() and c != '\\' else
                    '\\x%02x' % (ord(c) - 0xdc00) if 0xdc80 <= ord(c) <= 0xdcff else
-                   c.encode('unicode_escape').decode() for c in path) or '.'
+                   c.encode('unicode_escape').decode() for c in path)
 
 
 # ==== 3. What is left out =====================================================================================
@@ -812,11 +815,17 @@ class LeftOut:
 
 # ==== 4. Look: what stands here, and where to look again =======================================================
 
+KINDS = {stat.S_IFREG: 'f', stat.S_IFDIR: 'd', stat.S_IFLNK: 'l'}      # all else is 's': a socket, a FIFO, a device
+
+
 def entry_of(status: os.stat_result, full: str) -> Entry:
-    """Kind 's' is a special file: a socket, a FIFO, a device. Raises OSError where a link went away."""
-    kind = {stat.S_IFREG: 'f', stat.S_IFDIR: 'd', stat.S_IFLNK: 'l'}.get(stat.S_IFMT(status.st_mode), 's')
-    return Entry(kind, stat.S_IMODE(status.st_mode) if kind != 'l' else 0o777, status.st_size if kind == 'f' else 0,
-                 status.st_mtime_ns, os.readlink(full) if kind == 'l' else '', (status.st_dev, status.st_ino))
+    """The entry for what was looked at. Raises OSError where a link went away."""
+    mode = status.st_mode
+    kind = KINDS.get(mode & 0o170000, 's')
+    inode = status.st_dev, status.st_ino
+    if kind == 'l':
+        return Entry(kind, 0o777, 0, status.st_mtime_ns, os.readlink(full), inode)
+    return Entry(kind, mode & 0o7777, status.st_size if kind == 'f' else 0, status.st_mtime_ns, '', inode)
 
 
 class Watch:
@@ -1206,27 +1215,26 @@ def same_time(a: Optional[int], b: Optional[int]) -> bool:
     return a is not None and b is not None and (a == b or a // 10**9 == b // 10**9 and a % 10**9 == 0)
 
 
-def around(step: Step) -> Set[str]:
-    """The directories whose entries a step changes."""
-    if step.verb == 'meta':
-        return set()
-    return {parent(step.path), parent(step.detail)} if step.verb == 'move' else {parent(step.path)}
-
-
 def apply(tree: Tree, step: Step) -> None:
     """What a step does to the replica. A directory's time changes with each entry that comes or goes."""
     verb, path, entry, detail = step
-    if verb == 'move':
-        tree.move(detail, path)
-    elif verb == 'meta':
+    if verb == 'meta':
         tree.put(path, entry)
         return
+    if verb == 'move':
+        tree.move(detail, path)
+        forget_time(tree, parent(detail))
+    elif verb == 'dir':
+        tree.put(path, entry._replace(mtime_ns=None))
     else:
-        tree.put(path, entry._replace(mtime_ns=None) if verb == 'dir' else entry)
-    for above in around(step):
-        directory = tree.get(above)
-        if directory is not None and directory.mtime_ns is not None:
-            tree.put(above, directory._replace(mtime_ns=None))
+        tree.put(path, entry)
+    forget_time(tree, parent(path))
+
+
+def forget_time(tree: Tree, path: str) -> None:
+    directory = tree.get(path)
+    if directory is not None and directory.mtime_ns is not None:
+        tree.put(path, directory._replace(mtime_ns=None))
 
 
 def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True) -> List[Step]:
@@ -1234,27 +1242,35 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True) 
     as they will change it. A hint of CONTENT has a file sent even if size and time are the same, META has only mode
     and time set where only they differ. Without `delete`, what is only in `remote` stays, and moves are copies."""
     steps: List[Step] = []
-    disturbed: Set[str] = set()         # directories whose mode or time has to be set at the end
+    opened: Set[str] = set()            # directories in which something changes
+    disturbed: Set[str] = set()         # others whose mode or time has to be compared at the end
 
     def take(verb: str, path: str, entry: Optional[Entry], detail: str = '') -> None:
+        if verb != 'meta':
+            open_up(parent(path))
+            if verb == 'move':
+                open_up(parent(detail))
         step = Step(verb, path, entry, detail)
-        for above in around(step):
-            directory = remote.get(above)
-            disturbed.add(above)
-            if directory is not None and directory.mode & 0o700 != 0o700 and directory.kind == 'd':
-                take('meta', above, directory._replace(mode=directory.mode | 0o700, mtime_ns=None), 'm')
         steps.append(step)
         apply(remote, step)
 
+    def open_up(path: str) -> None:
+        """Has a directory ready for a change in it. It gets its mode and time back at the end."""
+        if path not in opened:
+            opened.add(path)
+            there = remote.get(path)
+            if there is not None and there.kind == 'd' and there.mode & 0o700 != 0o700:
+                take('meta', path, there._replace(mode=there.mode | 0o700, mtime_ns=None), 'm')
+
     paths = dict(hints)
-    for path in hints:                  # what is above a path has to be there before it
-        above = parent(path)
+    gone: Set[str] = set()
+    for path in hints:
+        above = parent(path)            # has to be there before it
         while path and above not in paths and not remote.is_directory(above):
             paths[above] = LOOK
             above = parent(above)
-    gone: Set[str] = set()
-    for path in hints:
-        there, here = remote.get(path), local.get(path)
+        there = remote.get(path)
+        here = local.get(path) if there is not None else None
         if there is not None and (here is None or there.kind == 'd' and here.kind != 'd'):
             gone.update(below for below in remote.below(path))
             if here is None:
@@ -1316,7 +1332,7 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True) 
                  str(there.size) if there is not None and there.kind == here.kind == 'f' else '')
         else:
             set_meta(take, remote, path, there, here)
-    for path in sorted(disturbed, reverse=True):
+    for path in sorted(disturbed | opened, reverse=True):
         there, here = remote.get(path), local.get(path)
         if there is not None and here is not None and there.kind == here.kind == 'd':
             set_meta(take, remote, path, there, here)
@@ -1380,6 +1396,7 @@ def umask_for(mode: int) -> str:
 
 
 Member = Tuple[bytes, Entry, bytes]     # a name in the staging, what it is, its bytes
+TAR_KINDS = {'f': b'0', 'd': b'5', 'l': b'2'}
 
 
 def archive(members: Iterable[Member]) -> bytes:
@@ -1388,16 +1405,17 @@ def archive(members: Iterable[Member]) -> bytes:
     out: List[bytes] = []
 
     def add(kind: bytes, name: bytes, size: int = 0, mode: int = 0o644, mtime: int = 0, target: bytes = b'') -> None:
-        header = b'%s%07o\0000000000\0000000000\0%011o\0%011o\0        %s%sustar  \0' % (
-            name.ljust(100, b'\0'), mode, size, mtime, kind, target.ljust(100, b'\0'))
-        header = header.ljust(512, b'\0')
-        out.append(header[:148] + b'%06o\0 ' % sum(header) + header[156:])
+        middle = b'%07o\0000000000\0000000000\0%011o\0%011o\0' % (mode, size, mtime)
+        end = b'%s%s' % (kind, target)
+        check = sum(name) + sum(middle) + sum(end) + 879        # eight blanks in its own place, and the last field
+        out.append(b'%s%s%06o\0 %sustar  \0%s' % (name.ljust(100, b'\0'), middle, check, end.ljust(101, b'\0'), filling))
 
     def add_bytes(data: bytes) -> None:
         out.append(data)
         if len(data) % 512:
             out.append(bytes(-len(data) % 512))
 
+    filling = bytes(247)
     for name, entry, data in members:
         target = os.fsencode(entry.target)
         for kind, text in ((b'L', name), (b'K', target)):
@@ -1410,7 +1428,7 @@ def archive(members: Iterable[Member]) -> bytes:
             line = b'%d%s' % (len(line) + 2, line)      # its own length included, always two digits
             add(b'x', b'pax', len(line))
             add_bytes(line)
-        add({'f': b'0', 'd': b'5', 'l': b'2'}[entry.kind], name[:100], len(data), entry.mode, seconds, target[:100])
+        add(TAR_KINDS[entry.kind], name[:100], len(data), entry.mode, seconds, target[:100])
         add_bytes(data)
     return b''.join(out) + bytes(1024)
 
@@ -1700,8 +1718,7 @@ class Connection:
                     mtime_ns += -part if when.startswith(b'-') else part
                 if kind.startswith(b'x'):       # from stat: one number holds kind and mode
                     bits = int(kind[1:], 16)
-                    letter = {stat.S_IFREG: 'f', stat.S_IFDIR: 'd', stat.S_IFLNK: 'l'}.get(stat.S_IFMT(bits), 's')
-                    permissions = stat.S_IMODE(bits)
+                    letter, permissions = KINDS.get(bits & 0o170000, 's'), bits & 0o7777
                 else:
                     letter, permissions = kind.decode(), int(mode, 8)
                 yield (os.fsdecode(path[2:]),
@@ -1865,11 +1882,10 @@ class Report:
         if self.options.debugging:
             self.to_stderr('debug: %.6f %s\n' % (time.monotonic(), ' '.join(words)))
 
-    def expect(self, paths: Iterable[str], local: Tree) -> None:
+    def expect(self, entries: Collection[Optional[Entry]]) -> None:
         """Counts what is about to be sent, for the progress line."""
         if not self.terminal or self.options.quiet:
             return
-        entries = [local.get(path) for path in paths]
         self.files += len(entries)
         self.bytes += sum(entry.size for entry in entries if entry is not None)
         self.since = self.since or time.monotonic()
@@ -1904,8 +1920,10 @@ class Hooks:
 
     def __init__(self, command: str, report: Report):
         self.command, self.report = command, report
-        self.queue: 'queue.Queue[bytes]' = queue.Queue()
         self.process: Optional[subprocess.Popen] = None
+        import queue
+        import threading
+        self.queue: queue.Queue[bytes] = queue.Queue()
         if command:
             threading.Thread(target=self.work, daemon=True).start()
 
@@ -1941,6 +1959,10 @@ class Job:
         self.name, self.step = name, step
         self.failed = ''
         self.parts: Iterator[bool] = iter(())       # each sends a part (True), or waits for an answer (False)
+
+
+VERBS = {'dir': ('make', 'made'), 'file': ('send', 'sent'), 'link': ('link', 'linked'), 'meta': ('update', 'updated'),
+         'remove': ('remove', 'removed'), 'rmdir': ('remove', 'removed'), 'move': ('rename', 'renamed')}
 
 
 class Replica:
@@ -2017,7 +2039,7 @@ class Replica:
         self.begun = True
         if options.dry_run:
             for step in plan(self.remote, source.tree, hints, not options.no_delete):
-                self.report.line('would %s' % self.words_for(step))
+                self.report.line('would %s' % self.words_for(step, False))
             return
         if options.watch:
             self.probe()                # now, rather than before the first edit
@@ -2035,13 +2057,17 @@ class Replica:
         one, but those of a session are known from here; only across a restart could the older bytes stay."""
         local, remote, fresh = self.source.tree, self.remote, self.source.fresh
         tool, sums = self.far.sums() if self.options.checksum else ('-', {})
-        for path in ['', *local.below('')]:
-            here, there = local.get(path), remote.get(path)
-            if there is not here or path in fresh:
-                hints.setdefault(path, CONTENT if path in fresh else LOOK)
-            if sums and here.kind == 'f' and there is not None and there.kind == 'f' and there.size == here.size:
-                same = path in sums and sums[path] == self.sum_here(tool, path)
-                hints[path] = META if same else CONTENT
+        hints.setdefault('', META)
+        for directory, names in local.folders.items():
+            prefix = directory + '/' if directory else ''
+            theirs = remote.folders.get(directory, {})
+            for name, here in names.items():
+                there, path = theirs.get(name), prefix + name
+                if sums and here.kind == 'f' and there is not None and there.kind == 'f' and there.size == here.size:
+                    same = path in sums and sums[path] == self.sum_here(tool, path)
+                    hints[path] = META if same else CONTENT
+                elif there is not here or path in fresh:
+                    hints.setdefault(path, CONTENT if path in fresh else LOOK)
         hints.update((path, LOOK) for path in remote.below('') if local.get(path) is None)
 
     def sum_here(self, tool: str, path: str) -> str:
@@ -2138,21 +2164,17 @@ class Replica:
         del self.source.forgotten[:]
         for path in changed:
             changed[path] = max(changed[path], self.waiting.pop(path, 0))
-        big = len(changed) > BULK_PATHS
-        size = 0
-        for path in changed if not big else ():
-            here = local.get(path)
-            size += here.size if here is not None and here.size <= BULK_BYTES else 0
-        if big or size > BULK_BYTES * 4:
-            first = {path: why for path, why in changed.items() if local.get(path) is None and remote.get(path) is not None}
-            movable = {remote.get(below).inode for path in first for below in (path, *remote.below(path))}
-            movable.discard(None)
-            for path, why in changed.items():
-                here = local.get(path)
+        entries = {path: local.get(path) for path in changed}
+        size = sum(here.size for here in entries.values() if here is not None and here.size <= BULK_BYTES)
+        if len(changed) > BULK_PATHS or size > BULK_BYTES * 4:
+            first = {path: why for path, why in changed.items() if entries[path] is None}
+            movable = {remote.get(below).inode for path in first if remote.get(path) is not None
+                       for below in (path, *remote.below(path))} - {None}
+            for path, here in entries.items() if movable else ():
                 if here is not None and here.inode in movable and remote.get(path) is None:
-                    first[path] = why
+                    first[path] = changed[path]
             rest = {path: changed[path] for path in sorted(changed) if path not in first}
-            self.report.expect(rest, local)
+            self.report.expect(entries.values())
             self.waiting.update(rest)
             self.backlog.extend(rest)
             changed = first
@@ -2532,16 +2554,14 @@ class Replica:
         self.confirmed.append(path)
         if step.verb == 'file':
             self.last_sent[path] = time.monotonic()
-        self.report.line('%s (%s%.0f ms)' % (self.words_for(step, True), '{:,} bytes, '.format(step.entry.size)
-                                             if step.verb == 'file' else '', took_ms), step)
+        size = '{:,} bytes, '.format(step.entry.size) if step.verb == 'file' else ''
+        self.report.line('%s (%s%.0f ms)' % (self.words_for(step), size, took_ms), step)
 
-    @staticmethod
-    def words_for(step: Step, past: bool = False) -> str:
-        verb = {'dir': ('make', 'made'), 'file': ('send', 'sent'), 'link': ('link', 'linked'), 'meta': ('update', 'updated'),
-                'remove': ('remove', 'removed'), 'rmdir': ('remove', 'removed'), 'move': ('rename', 'renamed')}[step.verb][past]
-        slash = '/' if step.verb in ('dir', 'rmdir') else ''
-        arrow = ' -> ' + shown(step.path) if step.verb == 'move' else ''
-        return '%s %s%s%s' % (verb, shown(step.detail if step.verb == 'move' else step.path), slash, arrow)
+    def words_for(self, step: Step, past: bool = True) -> str:
+        verb = VERBS[step.verb][past]
+        if step.verb == 'move':
+            return '%s %s -> %s' % (verb, shown(step.detail), shown(step.path))
+        return '%s %s%s' % (verb, shown(step.path), '/' if step.verb in ('dir', 'rmdir') else '')
 
     def run_hooks(self, hooks: Hooks) -> None:
         """Runs the hooks if something was confirmed since they last ran, with the paths that were."""
@@ -2844,6 +2864,7 @@ def main(argv: Sequence[str]) -> int:
 
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(each, stop)
+    gc.set_threshold(100000)            # entries are never garbage in cycles: looking for that costs a fifth of a scan
     try:
         return replicate(parse(argv))
     except (Stop, Lost) as why:
