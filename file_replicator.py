@@ -488,7 +488,7 @@ BULK_PATHS = 1000
 LIST_PATHS = 128                # paths in one remove, rmdir, dir or meta record
 BLOCK = 1 << 16                 # parts of a large file begin at multiples of this
 PIPE_BYTES = 1 << 20            # asked of the kernel for the pipes to the connection command
-WINDOW_BYTES = 4 << 20          # on the way and not answered; grows and shrinks with how long answers take
+WINDOW_BYTES = 8 << 20          # on the way and not answered; grows and shrinks with how long answers take
 READY_SECONDS = 40              # for the far side to answer at all
 BEAT_SECONDS, SILENT_SECONDS = 12, 25   # idle before a heartbeat, waiting before a connection is given up
 QUIET_SECONDS = 0.2             # without another write before a file that is still open is sent,
@@ -673,26 +673,32 @@ class Git:
             file.write('ref: refs/heads/none\n')
         self.environment.update(GIT_DIR=self.throwaway, GIT_WORK_TREE=self.top)
 
-    def run(self, *words: str) -> bytes:
+    def run(self, *words: str, given: bytes = b'') -> bytes:
         try:
-            done = subprocess.run(['git', '-C', self.top, *words], env=self.environment, stdin=subprocess.DEVNULL,
+            done = subprocess.run(['git', '-C', self.top, *words], env=self.environment, input=given,
                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         except OSError as error:
             raise Stop('cannot run git, which says what to leave out: %s; install it, or use --no-gitignore'
                        % error.strerror)
         if done.returncode and b'not a git repository' in done.stderr and not self.throwaway:
             self.use_throwaway()
-            return self.run(*words)
-        if done.returncode:
+            return self.run(*words, given=given)
+        if done.returncode > 1:         # 1 is how check-ignore says none
             raise Stop('git cannot say what to leave out of %s: %s; mend that, or use --no-gitignore'
                        % (shown(self.top), shown(os.fsdecode(done.stderr).strip().replace('\n', ' '))))
         return done.stdout
 
     def ignored(self) -> Iterator[str]:
-        """What git leaves out, relative to the top; of an ignored directory that holds nothing tracked only itself."""
-        self.close()                # its index and rules are those of when it was started
-        out = self.run('ls-files', '--others', '--ignored', '--exclude-standard', '--directory', '-z')
-        return (os.fsdecode(path).rstrip('/') for path in out.split(b'\0') if path)
+        """What git leaves out, relative to the top ('.'); of an ignored directory that holds nothing tracked only itself.
+        ls-files also names directories that hold only ignored files, and are not ignored: so it is asked again."""
+        self.close()                    # its index and rules are those of when it was started
+        out = self.run('ls-files', '--others', '--ignored', '--exclude-standard', '--directory', '-z').split(b'\0')[:-1]
+        directories = [path for path in out if path.endswith(b'/')]
+        if directories:
+            given = b'\0'.join(directories)
+            really = set(self.run('check-ignore', '--no-index', '-z', '--stdin', given=given).split(b'\0'))
+            out = [path for path in out if not path.endswith(b'/') or path in really]
+        return (os.fsdecode(path).rstrip('/') for path in out)
 
     def ignores(self, paths: List[str]) -> List[bool]:
         """Whether git leaves out each of these new paths, relative to the top: one process answers all through."""
@@ -1098,6 +1104,7 @@ class Source:
         before. RACE: what changes behind us is in the events; what vanishes before us is seen as not there."""
         stack = [top]
         tick = 0
+        choosy = self.left_out.ask_git or bool(self.left_out.patterns)
         while stack:
             directory = stack.pop()
             prefix = directory + '/' if directory else ''
@@ -1122,7 +1129,7 @@ class Source:
                 path = prefix + name
                 try:
                     is_directory = item.is_dir(follow_symlinks=False)
-                    if self.left_out(path, is_directory):
+                    if choosy and self.left_out(path, is_directory):
                         if name in names:
                             self.lose(path, changed)
                         continue
@@ -1132,24 +1139,21 @@ class Source:
                 except OSError as error:
                     self.report.problem(path, 'cannot be looked at: ' + error.strerror, 'look')
                     continue
-                if not self.admits(path, entry):
+                before = names.get(name)
+                if (entry.kind == 's' or name.startswith('.file_replicator.')) and not self.admits(path, entry):
                     self.lose(path, changed)
                     continue
-                if names.get(name) != entry:
-                    self.see_listed(path, entry, changed)
+                if before != entry:
+                    if before is not None and before.kind == 'd' and not is_directory:
+                        self.lose(path, changed)
+                    names[name] = entry
+                    changed.setdefault(path, LOOK)
                 if is_directory:
+                    self.tree.folders.setdefault(path, {})
                     stack.append(path)
             tick += 1
             if tick % 64 == 0:
                 self.meanwhile()        # a long scan must not let the kernel's queues run full
-
-    def see_listed(self, path: str, entry: Entry, changed: Dict[str, int]) -> None:
-        """As see(), for what a scan met, which goes below a directory itself."""
-        before = self.tree.get(path)
-        if before is not None and before.kind == 'd' and entry.kind != 'd':
-            self.lose(path, changed)
-        self.tree.put(path, entry)
-        changed.setdefault(path, LOOK)
 
     def examine(self, path: str, status: os.stat_result) -> Entry:
         """An entry, with notes. A file looked at within a tick of its last change may change again and keep its time: git
@@ -1348,24 +1352,33 @@ def set_meta(take: Callable, remote: Tree, path: str, there: Entry, here: Entry)
 
 def believe(listed: Iterable[Tuple[str, Entry]], local: Tree, known: Optional[Tree],
             ours: Callable[[str, Entry], bool]) -> Tree:
-    """The replica as the far side listed it. Only what is ours is in it: what stands here, what an earlier connection
-    knew of, and what `ours` says. Where it equals what stands here it is the same entry, so a later rename is known."""
+    """The replica as the far side listed it, what is above before what is in it. Only what is ours is taken: what stands
+    here, what an earlier connection knew of, and what `ours` says. Where it equals what stands here it is the same
+    object, so that a later rename is known by the inode."""
     remote = Tree()
     for path, entry in listed:
-        if path and not remote.is_directory(parent(path)):
-            continue
-        here = local.get(path)
+        above, _, name = path.rpartition('/')
+        names = remote.folders.get(above)
+        if names is None:
+            continue                    # what is above is not ours
+        here = local.folders.get(above, {}).get(name) if path else local.root
         if here is not None:
-            same = (here.kind, here.mode, here.size, here.target) == (entry.kind, entry.mode, entry.size, entry.target)
-            remote.put(path, here if same and same_time(entry.mtime_ns, here.mtime_ns) else entry)
+            if (here.kind == entry.kind and here.mode == entry.mode and here.size == entry.size
+                    and here.target == entry.target and same_time(entry.mtime_ns, here.mtime_ns)):
+                entry = here
+        elif path:
+            before = known.get(path) if known else None
+            if before is None and not ours(path, entry):
+                continue
+            if before is not None and before.kind == entry.kind and (
+                    entry.kind == 'd' or before.size == entry.size and same_time(entry.mtime_ns, before.mtime_ns)):
+                entry = before
+        if not path:
+            remote.root = entry
             continue
-        before = known.get(path) if known else None
-        if before is not None:
-            same = before.kind == entry.kind and (entry.kind == 'd' or before.size == entry.size
-                                                  and same_time(entry.mtime_ns, before.mtime_ns))
-            remote.put(path, before if same else entry)
-        elif ours(path, entry):
-            remote.put(path, entry)
+        names[name] = entry
+        if entry.kind == 'd':
+            remote.folders[path] = {}
     return remote
 
 
@@ -1403,34 +1416,29 @@ def archive(members: Iterable[Member]) -> bytes:
     """A tar archive that GNU's, busybox's and toybox's tar read alike: ustar headers, GNU's long names, and the
     fraction of a time as a PAX record, which those that do not know it skip. Python's tarfile takes ten times as long."""
     out: List[bytes] = []
-
-    def add(kind: bytes, name: bytes, size: int = 0, mode: int = 0o644, mtime: int = 0, target: bytes = b'') -> None:
-        middle = b'%07o\0000000000\0000000000\0%011o\0%011o\0' % (mode, size, mtime)
-        end = b'%s%s' % (kind, target)
-        check = sum(name) + sum(middle) + sum(end) + 879        # eight blanks in its own place, and the last field
-        out.append(b'%s%s%06o\0 %sustar  \0%s' % (name.ljust(100, b'\0'), middle, check, end.ljust(101, b'\0'), filling))
-
-    def add_bytes(data: bytes) -> None:
-        out.append(data)
-        if len(data) % 512:
-            out.append(bytes(-len(data) % 512))
-
-    filling = bytes(247)
     for name, entry, data in members:
-        target = os.fsencode(entry.target)
+        target = os.fsencode(entry.target) if entry.target else b''
         for kind, text in ((b'L', name), (b'K', target)):
             if len(text) > 100:
-                add(kind, b'././@LongLink', len(text) + 1)
-                add_bytes(text + b'\0')
+                out += tar_header(kind, b'././@LongLink', len(text) + 1), in_blocks(text + b'\0')
         seconds, fraction = divmod(entry.mtime_ns or 0, 10**9)
-        if fraction:
+        if fraction:                    # the line begins with its own length, which always has two digits
             line = b' mtime=%d.%09d\n' % (seconds, fraction)
-            line = b'%d%s' % (len(line) + 2, line)      # its own length included, always two digits
-            add(b'x', b'pax', len(line))
-            add_bytes(line)
-        add(TAR_KINDS[entry.kind], name[:100], len(data), entry.mode, seconds, target[:100])
-        add_bytes(data)
+            out += tar_header(b'x', b'pax', len(line) + 2), in_blocks(b'%d%s' % (len(line) + 2, line))
+        header = tar_header.__wrapped__(TAR_KINDS[entry.kind], name[:100], len(data), entry.mode, seconds, target[:100])
+        out += header, in_blocks(data)
     return b''.join(out) + bytes(1024)
+
+
+@functools.lru_cache(maxsize=16)
+def tar_header(kind: bytes, name: bytes, size: int, mode: int = 0o644, mtime: int = 0, target: bytes = b'') -> bytes:
+    middle = b'%07o\0000000000\0000000000\0%011o\0%011o\0' % (mode, size, mtime)
+    check = sum(name) + sum(middle) + sum(kind) + sum(target) + 879     # eight blanks in its own place, and the last field
+    return b'%s%s%06o\0 %s%sustar  \0%s' % (name.ljust(100, b'\0'), middle, check, kind, target.ljust(100, b'\0'), bytes(247))
+
+
+def in_blocks(data: bytes) -> bytes:
+    return data + bytes(-len(data) % 512)
 
 
 def script(members: Iterable[Member], fine: bool) -> bytes:
@@ -1510,10 +1518,10 @@ class Connection:
         self.heard = bytearray()        # what was not yet understood
         self.said: List[str] = []       # lines of the far side's that are no answers
         self.values: List[str] = []
-        self.listing: List[bytes] = []
+        self.listing: List[str] = []
         self.complaints: Deque[str] = collections.deque(maxlen=20)      # what the command wrote to its standard error
         self.can = ''                   # what the far side can do, once it made its staging
-        self.counted = {'out': 0, 'in': 0}
+        self.at_rest = False            # nothing over there is half-way, or staged
         try:
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
                                             stderr=subprocess.PIPE, start_new_session=not has_terminal())
@@ -1568,7 +1576,6 @@ class Connection:
                 break
             except OSError:
                 raise Lost(self.diagnosis())
-            self.counted['out'] += count
             self.moved = time.monotonic()
             if count == len(self.out[0]):
                 self.out.popleft()
@@ -1597,7 +1604,6 @@ class Connection:
                     pass
                 if not data:
                     raise Lost(self.diagnosis())
-                self.counted['in'] += len(data)
                 self.moved = time.monotonic()
                 self.hear(data)
 
@@ -1656,8 +1662,9 @@ class Connection:
             if at < 0:
                 self.hear_stop()
                 return
-            self.listing = bytes(self.heard[:at]).split(self.nonce.encode() + b' ')
-            self.heard[:at + len(end)] = b''
+            self.listing = os.fsdecode(bytes(self.heard[:at])).split(self.nonce + ' ')
+            self.heard = self.heard[at + len(end):]
+            self.can = next((line[2:].strip() for line in self.listing[:2] if line.startswith('+ ')), '')
             self.said = []
             self.phase = 'live'
         if b'\n' not in self.heard:
@@ -1693,7 +1700,7 @@ class Connection:
             took = time.monotonic() - sent.when
             if sent.size > BLOCK:       # half a second on the way is the most a fresh edit should wait behind
                 self.window = max(BLOCK * 4, self.window * 3 // 4) if took > 0.5 else \
-                    min(WINDOW_BYTES * 8, self.window * 5 // 4) if took < 0.2 else self.window
+                    min(WINDOW_BYTES * 4, self.window * 5 // 4) if took < 0.2 else self.window
             said, self.said, values, self.values = self.said, [], self.values, []
             self.report.debug('answer', *words, *said)
             sent.done(int(words[1]), '; '.join(said), values)
@@ -1701,44 +1708,42 @@ class Connection:
             raise Lost('the far side answers what nobody asked: %s' % shown(line.decode(errors='replace')))
 
     def entries(self) -> Iterator[Tuple[str, Entry, int]]:
-        """What the far side listed: path, entry, number of the file system."""
+        """What the far side listed: path, entry, number of the file system. What cannot be read is sent again."""
         for line in self.listing:
-            words = line.split(b' ', 5)
-            if words[0] == b'+':
-                self.can = line[2:].decode().strip()
-            if len(words) < 6 or not words[5].endswith(b'.\n'):
+            words = line.split(' ', 5)
+            if len(words) < 6 or not line.endswith('.\n'):
                 continue
+            kind, mode, size, when, device, rest = words
+            path, _, target = rest.partition('//')
             try:
-                kind, mode, size, when, device, rest = words
-                path, _, target = rest[:-1].partition(b'//')
-                seconds, _, fraction = when.partition(b'.')
+                if kind[0] == 'x':              # from stat: one number holds kind and mode
+                    bits = int(kind[1:], 16)
+                    kind, permissions = KINDS.get(bits & 0o170000, 's'), bits & 0o7777
+                else:
+                    permissions = int(mode, 8)
+                seconds, _, fraction = when.partition('.')
                 mtime_ns = int(seconds) * 10**9
                 if fraction:
-                    part = int(fraction[:9].ljust(9, b'0'))
-                    mtime_ns += -part if when.startswith(b'-') else part
-                if kind.startswith(b'x'):       # from stat: one number holds kind and mode
-                    bits = int(kind[1:], 16)
-                    letter, permissions = KINDS.get(bits & 0o170000, 's'), bits & 0o7777
-                else:
-                    letter, permissions = kind.decode(), int(mode, 8)
-                yield (os.fsdecode(path[2:]),
-                       Entry(letter, permissions if letter != 'l' else 0o777, int(size) if letter == 'f' else 0,
-                             mtime_ns, os.fsdecode(target[:-1]) if letter == 'l' else ''), int(device))
+                    part = int(fraction[:9].ljust(9, '0'))
+                    mtime_ns += part if mtime_ns > 0 or when[0] != '-' else -part
+                yield path[2:], (Entry('f', permissions, int(size), mtime_ns) if kind == 'f' else
+                                 Entry('l', 0o777, 0, mtime_ns, target[:-2]) if kind == 'l' else
+                                 Entry(kind, permissions, 0, mtime_ns)), int(device)
             except ValueError:
-                continue                # what cannot be read is sent again
+                continue
 
     def sums(self) -> Tuple[str, Dict[str, str]]:
         """The tool the far side's sums are made with ('-' for none), and path: sum."""
         for line in self.listing:
-            if line.startswith(b'sums '):
-                tool, *lines = line[5:].split(b'\n')
+            if line.startswith('sums '):
+                tool, *lines = line[5:].split('\n')
                 found = {}
                 for each in lines:
-                    value, _, path = each.partition(b'  ')
-                    if value.startswith(b'\\'):        # GNU's way to show a name with a newline or backslash
-                        value, path = value[1:], path.replace(b'\\n', b'\n').replace(b'\\\\', b'\\')
-                    found[os.fsdecode(path[2:])] = value.decode(errors='replace')
-                return tool.decode(), found
+                    value, _, path = each.partition('  ')
+                    if value.startswith('\\'):         # GNU's way to show a name with a newline or backslash
+                        value, path = value[1:], re.sub(r'\\(.)', lambda m: '\n' if m[1] == 'n' else m[1], path)
+                    found[path[2:]] = value
+                return tool, found
         return '-', {}
 
     def what_was_said(self) -> str:
@@ -1763,8 +1768,10 @@ class Connection:
         return 'the connection command %s%s%s' % (how, said, ' (%s)' % hint if hint else '')
 
     def close(self, patience_seconds: float = 0.7) -> None:
-        """Ends the connection. The end of its input is what tells the receiver to clear up; then the rest is killed."""
+        """Ends the connection. The end of its input is what tells the receiver to clear up; then the rest is ended."""
         self.process.stdin.close()
+        if self.at_rest:                # there is nothing to clear up, so nothing to wait for
+            self.kill(signal.SIGTERM)
         end = time.monotonic() + patience_seconds
         while self.process.poll() is None and time.monotonic() < end:
             try:
@@ -1774,17 +1781,20 @@ class Connection:
                     time.sleep(0.001)
             except OSError:
                 pass
-        if self.process.poll() is None:
-            try:
-                if has_terminal():
-                    self.process.kill()
-                else:
-                    os.killpg(self.process.pid, signal.SIGKILL)
-            except OSError:
-                pass
+        self.kill(signal.SIGKILL)
         self.process.wait()
         self.process.stdout.close()
         self.process.stderr.close()
+
+    def kill(self, number: int) -> None:
+        """Ends the connection command, and where it has a group of its own all that it started."""
+        try:
+            if not has_terminal():
+                os.killpg(self.process.pid, number)
+            elif self.process.poll() is None:
+                self.process.send_signal(number)
+        except OSError:
+            pass
 
 
 @functools.lru_cache(maxsize=None)
@@ -2011,16 +2021,8 @@ class Replica:
         for path, why in source.look().items():
             changed[path] = max(why, changed.get(path, 0))
         self.mounts.clear()
-        listed, root_device = [], None
-        for path, entry, device in far.entries():
-            root_device = device if root_device is None else root_device
-            if device != root_device and entry.kind == 'd':
-                self.mounts.add(path)
-            listed.append((path, entry))
-        if options.mirror:
-            source.left_out.ask([path for path, _ in listed if source.tree.get(path) is None], gone=True)
-        self.remote = believe(listed, source.tree, self.known, self.is_ours)
-        del listed, far.listing[:]
+        self.remote = believe(self.listed(far), source.tree, self.known, self.is_ours)
+        del far.listing[:]
         if far.can:
             self.probed([far.can])
         first, self.known = not self.begun, None
@@ -2045,9 +2047,22 @@ class Replica:
             self.probe()                # now, rather than before the first edit
         self.take_in(hints)
 
+    def listed(self, far: Connection) -> Iterator[Tuple[str, Entry]]:
+        """What the far side listed; takes note of what is mounted in it."""
+        root_device = None
+        for path, entry, device in far.entries():
+            if device != root_device:
+                if root_device is None:
+                    root_device = device
+                elif entry.kind == 'd':
+                    self.mounts.add(path)
+            yield path, entry
+
     def is_ours(self, path: str, entry: Entry) -> bool:
         """Whether something over there that is not here may be removed."""
         name = path.rpartition('/')[2]
+        if self.options.mirror:
+            self.source.left_out.ask([path], gone=True)
         return (entry.kind != 'd' and bool(STAGING.fullmatch(name)) or self.options.mirror and path not in self.mounts
                 and not any(path.startswith(mount + '/') for mount in self.mounts) and not self.source.left_out.within(path))
 
@@ -2427,7 +2442,7 @@ class Replica:
                         yield True      # so that nothing waits for long while we count
                     at += block
             while at < size and not job.failed:
-                part = max(BLOCK, min(BULK_BYTES * 8, self.far.window // 4) // BLOCK * BLOCK)
+                part = max(BLOCK, min(BULK_BYTES * 8, self.far.window // 8) // BLOCK * BLOCK)
                 pieces = []
                 for start in range(at, min(at + part, size), BLOCK * 4):
                     pieces.append(os.pread(fd, min(BLOCK * 4, min(at + part, size) - start), start))
@@ -2577,9 +2592,9 @@ class Replica:
         if said:
             self.report.warn('remote hook: %s' % said)
 
-    def is_idle(self) -> bool:
-        """Whether nothing is on its way or waiting, but what failed and is tried again later."""
-        return not (self.source.hints or self.waiting or self.backlog or self.jobs or self.far.flight or self.far.out
+    def is_idle(self, sent_is_enough: bool = False) -> bool:
+        """Whether nothing is waiting, but what failed and is tried again later; nor on its way, unless sent is enough."""
+        return not (self.source.hints or self.waiting or self.jobs or not sent_is_enough and (self.far.flight or self.far.out)
                     or any(path not in self.tries for path in self.source.later))
 
 
@@ -2639,7 +2654,7 @@ def keep_in_step(options: 'Options', source: Source, replica: Replica, hooks: Ho
         if source.hints or source.rules_changed:
             replica.take_in(source.look())
         busy = replica.fill()
-        if not busy and replica.is_staged and replica.is_idle():
+        if not busy and replica.is_staged and replica.is_idle(sent_is_enough=not options.watch):
             replica.rest()
         elif not busy and replica.is_idle():
             if not replica.announced:
@@ -2648,6 +2663,7 @@ def keep_in_step(options: 'Options', source: Source, replica: Replica, hooks: Ho
                 replica.run_hooks(hooks)
             if not options.watch and replica.is_idle():
                 hooks.queue.join()
+                replica.far.at_rest = True
                 return
         replica.far.turn(0 if busy or source.hints else wait, source.watch.fd)
         source.listen()
