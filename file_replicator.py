@@ -500,6 +500,9 @@ STAGING = re.compile(r'\.file_replicator\.[0-9a-f]{12}(-new)?')
 META, LOOK, CONTENT = 1, 2, 3   # what a hint says: the mode or time changed; look; bytes changed (or: look below)
 
 
+Options = argparse.Namespace    # what parse() returns: the options by name, source, destination, command
+
+
 class Stop(Exception):
     """The program cannot go on; the text is the message."""
 
@@ -642,6 +645,7 @@ class Git:
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith('GIT_') or k == 'GIT_CONFIG_GLOBAL'}
         self.environment['LC_ALL'] = 'C'
         self.throwaway: Optional[str] = None
+        self.above: List[str] = []      # the directories between here and the top of the work tree, which have rules too
         self.asking: Optional[subprocess.Popen] = None
         self.directory = self.find_git_directory()
         if self.directory is None:
@@ -657,8 +661,10 @@ class Git:
                 with open(git, errors='surrogateescape') as file:
                     return os.path.join(at, file.read().partition('gitdir: ')[2].strip())
             if at == os.path.dirname(at):
+                self.above.clear()
                 return None
             at = os.path.dirname(at)
+            self.above.append(at)
 
     def use_throwaway(self) -> None:
         """Git reads a .gitignore only where there is a repository: here is an empty one, elsewhere."""
@@ -763,12 +769,14 @@ class LeftOut:
         self.git[top] = git
         self.ignored.update((top + '/' + path if top else path) for path in git.ignored())
 
+    def check_git(self, path: str) -> None:
+        """Raises Stop if there are rules at a path, and nothing here that could read them."""
+        if not self.has_git:
+            raise Stop('%s is there, but git, which would read it, is not; install git, or use --no-gitignore' % shown(path))
+
     def enter(self, directory: str, names: Collection[str]) -> None:
-        """Takes note of the directory's own repository, or rules that nothing here could read. Raises Stop."""
-        if self.ask_git and not self.has_git and '.gitignore' in names:
-            raise Stop('%s is there, but git, which would read it, is not; install git, or use --no-gitignore'
-                       % shown(os.path.join(directory, '.gitignore')))
-        if self.ask_git and directory and '.git' in names and directory not in self.git:
+        """Takes note of a directory's own repository. Raises Stop."""
+        if self.ask_git and self.has_git and directory and '.git' in names and directory not in self.git:
             self.add_work_tree(directory)
 
     def excludes(self, path: str, is_directory: bool) -> bool:
@@ -964,8 +972,8 @@ class Source:
                 self.report.warn('inotify lost events: looking at everything again')
                 self.hints[''] = CONTENT
                 continue
-            if directory.startswith('\0'):          # git's own directory
-                self.rules_changed = self.rules_changed or name in ('index', 'exclude')
+            if directory.startswith('\0'):          # git's own directory, or one above the root
+                self.rules_changed = self.rules_changed or name in ('index', 'exclude', '.gitignore')
                 continue
             if name == '.gitignore' and self.left_out.ask_git:
                 self.rules_changed = True
@@ -976,7 +984,8 @@ class Source:
                     self.hint(path, LOOK)
                     self.hint(directory, META)
                 continue
-            self.report.debug('event', path, str(flags.from_mask(mask)))
+            if self.report.options.debugging:
+                self.report.debug('event', shown(path), str(flags.from_mask(mask)))
             if mask & (flags.CREATE | flags.DELETE | flags.MOVED_FROM | flags.MOVED_TO):
                 self.hint(directory, META)
             if mask & flags.ISDIR:
@@ -1021,7 +1030,7 @@ class Source:
             self.forget_left_out()
             self.hints[''] = CONTENT
         for git in self.left_out.git.values():
-            for directory in (git.directory, os.path.join(git.directory, 'info')) if git.directory else ():
+            for directory in (git.directory, os.path.join(git.directory, 'info'), *git.above) if git.directory else ():
                 self.watch.follow('\0' + directory, directory)
 
     def look(self) -> Dict[str, int]:
@@ -1161,13 +1170,14 @@ class Source:
         sent again. Of a file with several names an event only tells one; the others are looked at with it."""
         entry = entry_of(status, self.full(path))
         if entry.kind == 'f':
-            if self.now_ns - status.st_mtime_ns < (50 * 10**6 if status.st_mtime_ns % 10**9 else 2 * 10**9):
+            if abs(self.now_ns - status.st_mtime_ns) < (50 * 10**6 if status.st_mtime_ns % 10**9 else 2 * 10**9):
                 self.fresh.add(path)
             if status.st_nlink > 1:
                 self.twins.setdefault(entry.inode, set()).update((path, self.names.get(entry.inode, path)))
             self.names[entry.inode] = path
-            if path.endswith('.gitignore') and status.st_mtime_ns > self.git_asked_ns:
-                self.rules_changed = self.left_out.ask_git
+            if path.endswith('.gitignore') and self.left_out.ask_git:
+                self.left_out.check_git(path)
+                self.rules_changed = self.rules_changed or status.st_mtime_ns > self.git_asked_ns
         return entry
 
     def admits(self, path: str, entry: Entry) -> bool:
@@ -1477,7 +1487,7 @@ def script(members: Iterable[Member], fine: bool) -> bytes:
     for mode, names in modes.items():
         many(b'chmod ' + mode, names)
     for when, names in times.items():
-        many(b'touch -h -d @' + when, list(reversed(names)))
+        many(b'"$touch" -h -d @' + when, list(reversed(names)))
     return b''.join(lines)
 
 
@@ -1813,7 +1823,7 @@ def has_terminal() -> bool:
 class Report:
     """What the user is told: each confirmed path on standard output, the rest on standard error, all in the log file."""
 
-    def __init__(self, options: 'Options'):
+    def __init__(self, options: Options):
         self.options = options
         self.log = None
         self.problems: Dict[Tuple[str, str], str] = {}      # (stage, path): why
@@ -1982,7 +1992,7 @@ class Replica:
     UNKNOWN, so it is taken again; nothing is said to be replicated before it is answered; and each new connection
     begins with what the far side lists."""
 
-    def __init__(self, options: 'Options', source: Source, report: 'Report'):
+    def __init__(self, options: Options, source: Source, report: 'Report'):
         self.options, self.source, self.report = options, source, report
         self.remote = Tree()
         self.known: Optional[Tree] = None           # what was believed when the last connection was lost
@@ -2001,6 +2011,8 @@ class Replica:
         self.names = 0
         self.begun = self.announced = self.is_staged = False
         self.flying: Dict[int, List[Step]] = {}     # on their way
+        self.failed_until = 0           # the last record sent when one failed: it may fail for that
+        self.drifts = 0                 # in a row, without coming into step
         self.last_sent: Dict[str, float] = {}
 
     # ---- a new connection
@@ -2112,7 +2124,7 @@ class Replica:
             self.source.hint(path, CONTENT)
         for state in (self.waiting, self.jobs, self.staged, self.alone, self.backlog, self.flying):
             state.clear()
-        self.can, self.far = [], None
+        self.can, self.far, self.failed_until = [], None, 0
         self.announced = self.is_staged = False
 
     def wait_for(self, verb: str, words: Sequence[str] = ()) -> List[str]:
@@ -2235,7 +2247,8 @@ class Replica:
              payload: Sequence[bytes] = ()) -> None:
         when = time.monotonic()
         self.flying[id(steps)] = steps
-        self.far.send(verb, words, paths, payload, lambda code, said, _: self.answered(steps, when, code, said))
+        number = self.far.number + 1
+        self.far.send(verb, words, paths, payload, lambda code, said, _: self.answered(number, steps, when, code, said))
 
     def send_metas(self, steps: List[Step]) -> None:
         """Times many at once where they are the same; modes one by one and after them, the deepest first, since a
@@ -2340,6 +2353,8 @@ class Replica:
         else:
             kind, payload = 'tar', [archive(members)]
         self.post('bulk', (kind,), [wire(path) for path in numbers], [step for step, _ in batch], payload)
+        if self.can[0] == 'tar':        # busybox's, which sets the times of files only
+            self.send_metas([step._replace(verb='meta', detail='t') for step, _ in batch if step.verb == 'link'])
 
     def read(self, step: Step) -> Optional[Tuple[Step, bytes]]:
         """The bytes of a small file, as they were at one moment, and the step with the size and time of that moment. None
@@ -2501,8 +2516,9 @@ class Replica:
 
     # ---- answers
 
-    def answered(self, steps: List[Step], when: float, code: int, said: str) -> None:
-        """Confirms steps, or takes back the belief that they were taken."""
+    def answered(self, number: int, steps: List[Step], when: float, code: int, said: str) -> None:
+        """Confirms steps, or takes back the belief that they were taken. Raises Drifted where the far side is not as it was
+        listed, unless that comes from a step of ours that failed while this was on its way."""
         self.flying.pop(id(steps), None)
         if code == 0:
             took = (time.monotonic() - when) * 1000
@@ -2532,7 +2548,10 @@ class Replica:
                 self.again(step.path)
             else:
                 self.failed(step.path, said or 'it could not be done over there')
-        if code == 2:
+        if code == 1:
+            self.failed_until = self.far.number
+        elif number > self.failed_until and self.drifts < 3:
+            self.drifts += 1
             raise Drifted('%s: %s' % (shown(steps[0].path), said or 'it is not there any more'))
 
     def still_there(self, path: str) -> None:
@@ -2563,9 +2582,8 @@ class Replica:
         self.report.solved(path, 'send')
         self.tries.pop(path, None)
         self.alone.discard(path)
-        quiet = step.verb == 'meta' and 'm' not in step.detail and self.remote.is_directory(path)
-        if quiet:                       # a directory's time changes with what is in it: not worth a line
-            return
+        if step.verb == 'meta' and 'm' not in step.detail and step.entry.kind != 'f':
+            return                      # a directory's time changes with what is in it: not worth a line
         self.confirmed.append(path)
         if step.verb == 'file':
             self.last_sent[path] = time.monotonic()
@@ -2602,7 +2620,7 @@ class Drifted(Lost):
     """The far side is no longer what it listed: somebody changed the replica there. A new connection lists it anew."""
 
 
-def replicate(options: 'Options') -> int:
+def replicate(options: Options) -> int:
     """The whole program: looks at the source while the far side starts, compares, sends what differs, and goes on as
     long as it is watched; when a connection ends, it makes another and begins again. Returns the exit status; raises
     Stop where it cannot go on."""
@@ -2619,7 +2637,7 @@ def replicate(options: 'Options') -> int:
             far = None
             try:
                 source.ask_git()
-                far = Connection(options.command, options.program(left_out.find_words()), report)
+                far = Connection(options.command, program(options, left_out.find_words()), report)
                 source.meanwhile = lambda: (far.turn(0), source.listen())
                 replica.meet(far)
                 retry.connected()
@@ -2638,7 +2656,7 @@ def replicate(options: 'Options') -> int:
         report.flush()
 
 
-def keep_in_step(options: 'Options', source: Source, replica: Replica, hooks: Hooks, report: Report) -> None:
+def keep_in_step(options: Options, source: Source, replica: Replica, hooks: Hooks, report: Report) -> None:
     """Sends what is hinted at before the backlog, and says when everything is confirmed. Returns when that is all."""
     next_look = time.monotonic() + (options.poll or POLL_SECONDS)
     while True:
@@ -2659,6 +2677,7 @@ def keep_in_step(options: 'Options', source: Source, replica: Replica, hooks: Ho
         elif not busy and replica.is_idle():
             if not replica.announced:
                 replica.announced = True
+                replica.drifts = 0
                 report.in_step(0, 0)
                 replica.run_hooks(hooks)
             if not options.watch and replica.is_idle():
@@ -2672,7 +2691,7 @@ def keep_in_step(options: 'Options', source: Source, replica: Replica, hooks: Ho
 class Retry:
     """When to connect again, and what the user sees of it: one line when the connection is lost, one when it is back."""
 
-    def __init__(self, options: 'Options', report: Report):
+    def __init__(self, options: Options, report: Report):
         self.options, self.report = options, report
         self.ever = self.lost = False
         self.delay = 0.0
@@ -2714,34 +2733,11 @@ class Retry:
 
 # ==== 9. Command line =========================================================================================
 
-class Options(NamedTuple):
-    """The command line."""
-    source: str                 # absolute, or as it was given
-    destination: str            # the replica itself: DEST_PARENT_DIR/basename(SRC_DIR)
-    command: List[str]
-    initial: bool
-    watch: bool
-    clean_out: bool
-    no_delete: bool
-    mirror: bool
-    checksum: bool
-    dry_run: bool
-    gitignore: bool
-    excludes: List[str]
-    poll: float                 # seconds; 0: inotify
-    update_interval: float      # seconds; 0: none
-    wait: bool
-    hook: str
-    remote_hook: str
-    quiet: bool
-    debugging: bool
-    log_file: str
-
-    def program(self, find_words: Sequence[str]) -> Callable[[str], str]:
-        """What to send, given the nonce: the receiver as it stands, and one call of it."""
-        flags = 'g' * (self.mirror or self.clean_out) + 'c' * self.checksum + 'd' * self.dry_run
-        return lambda nonce: '%s\nmain "$0" %s\n' % (RECEIVER, ' '.join(
-            shlex.quote(word) for word in (nonce, self.destination, flags + '-', self.remote_hook, *find_words)))
+def program(options: Options, find_words: Sequence[str]) -> Callable[[str], str]:
+    """What to send, given the nonce: the receiver as it stands, and one call of it."""
+    may = 'g' * (options.mirror or options.clean_out) + 'c' * options.checksum + 'd' * options.dry_run
+    return lambda nonce: '%s\nmain "$0" %s\n' % (RECEIVER, ' '.join(
+        shlex.quote(word) for word in (nonce, options.destination, may + '-', options.remote_hook, *find_words)))
 
 
 DESCRIPTION = '''\
@@ -2786,10 +2782,10 @@ def make_parser() -> argparse.ArgumentParser:
     what = parser.add_argument_group('what is replicated')
     what.add_argument('--gitignore', action='store_true', default=True, help='leave out what git ignores, and .git (default)')
     what.add_argument('--no-gitignore', dest='gitignore', action='store_false', help='leave out nothing that git ignores')
-    what.add_argument('--exclude', metavar='PATTERN', action='append', default=[], type=exclude_pattern,
+    what.add_argument('--exclude', dest='excludes', metavar='PATTERN', action='append', default=[], type=exclude_pattern,
                       help='leave out, and never touch there: NAME at any depth, /PATH from SRC_DIR, DIR/ only '
                            'directories; * ? [] within a name, ** across (repeatable)')
-    what.add_argument('--clean-out-first', action='store_true', help='empty the replica first, dot-files too (default: no)')
+    what.add_argument('--clean-out-first', dest='clean_out', action='store_true', help='empty the replica first, dot-files too (default: no)')
     what.add_argument('--mirror', action='store_true', help='also remove what is there and not here (default: no)')
     what.add_argument('--no-delete', action='store_true', help='remove nothing there (default: what goes here goes there)')
     what.add_argument('--checksum', action='store_true', help='compare contents, not size and time, when connecting (default: no)')
@@ -2862,10 +2858,9 @@ def parse(argv: Sequence[str]) -> Options:
         parser.error('DEST_PARENT_DIR %s is not absolute: nobody knows where the far side begins' % shown(places[1]))
     if '\0' in places[1] + name:
         parser.error('a path holds a NUL')
-    fields = {key: value for key, value in vars(given).items() if key in Options._fields}
-    return Options(source=source, destination=places[1].rstrip('/') + '/' + name, command=command,
-                   clean_out=given.clean_out_first, excludes=given.exclude, watch=fields.pop('watch') and not given.dry_run,
-                   **fields)
+    given.source, given.destination, given.command = source, places[1].rstrip('/') + '/' + name, command
+    given.watch = given.watch and not given.dry_run
+    return given
 
 
 class Stopped(BaseException):
