@@ -46,9 +46,10 @@ from typing import (Any, Callable, Collection, Deque, Dict, Iterable, Iterator, 
 
 __version__ = '1.0'
 
-# ==== 1. The receiver: what runs on the other computer ========================================================
+# ==== 1. The receiver: what runs on the other computer ======================================================
 #
-# A record is a header line, path lines, a line with a length, that many bytes, and if there are any, a marker line:
+# A record is a header line, path lines, a line with a length, that many bytes, and if there are any, a marker
+# line:
 #
 #     VERB NUMBER COUNT WORDS...     COUNT paths follow, each a line (see get for a name that holds a newline)
 #     ./path
@@ -74,16 +75,18 @@ __version__ = '1.0'
 #     hook                             0, names                       runs --remote-hook
 #     beat                             0                              nothing: is anybody there?
 #
-# The answer is a line `NONCE NUMBER CODE`: 0 done, 1 failed, 2 not as it was listed. Lines before it that do not begin
-# with the nonce say why; `NONCE + ...` are values. The nonce is new each time, so no name and no file's bytes can be
-# taken for an answer or a marker. First come `NONCE ready`, a listing (see list), and `NONCE listed`.
+# The answer is a line `NONCE NUMBER CODE`: 0 done, 1 failed, 2 not as it was listed. Lines before it that do
+# not begin with the nonce say why; `NONCE + ...` are values. The nonce is new each time, so no name and no
+# file's bytes can be taken for an answer or a marker. First come `NONCE ready`, a listing (see list), and
+# `NONCE listed`.
 
 RECEIVER = r'''# What file_replicator.py runs on the far side: functions only; one call of main is appended.
-# The rules it keeps: no byte of the stream is left over or taken too much, whatever fails; nothing outside the
-# replica is written; nothing is put in place before its last byte is here. A process costs half a millisecond,
-# a builtin a hundredth of that, so the common paths are mostly builtins.
+# The rules it keeps: no byte of the stream is left over or taken too much, whatever fails; nothing outside
+# the replica is written; nothing is put in place before its last byte is here. A process costs half a
+# millisecond, a builtin a hundredth of that, so the common paths are mostly builtins.
 
-# Answers record $1: 0 done, 1 failed (why stands in the lines before), 2 the far side is not as it was listed.
+# Answers record $1: 0 done, 1 failed (why stands in the lines before), 2 the far side is not as it was
+# listed.
 answer() { echo "$nonce $1 $2"; }
 
 # Says why this session cannot go on, and ends it.
@@ -100,8 +103,8 @@ leave() {
   exit 0
 }
 
-# Sets p to the path that comes next. A line that ends in / goes on in the next one: that is how a name holds a
-# newline, since no path we are sent ends in /.
+# Sets p to the path that comes next. A line that ends in / goes on in the next one: that is how a name holds
+# a newline, since no path we are sent ends in /.
 get() {
   p=
   while IFS= read -r line || leave; do
@@ -112,8 +115,9 @@ get() {
   done
 }
 
-# Prints exactly $1 bytes of the stream. busybox's and toybox's head read too much, dd without fullblock stops at
-# a short read, and short reads are the normal case behind ssh and docker; so probe picks one that is exact here.
+# Prints exactly $1 bytes of the stream. busybox's and toybox's head read too much, dd without fullblock stops
+# at a short read, and short reads are the normal case behind ssh and docker; so probe picks one that is exact
+# here.
 take() {
   case $taker in
     1) dd ibs=65536 obs=65536 count="$1" iflag=count_bytes,fullblock status=none ;;
@@ -149,9 +153,9 @@ store() {
   { [ "$length" = 0 ] || settle; } && [ -n "$took" ]
 }
 
-# True if everything above the path $1 is a directory and none of it a link: nothing is written, moved or removed
-# through a link. RACE: somebody over there may put a link in after this looked; whoever can do that can write
-# in the replica already, and what we then write lands where the link leads.
+# True if everything above the path $1 is a directory and none of it a link: nothing is written, moved or
+# removed through a link. RACE: somebody over there may put a link in after this looked; whoever can do that
+# can write in the replica already, and what we then write lands where the link leads.
 solid() {
   above=${1%/*}
   [ "$above" != "$checked" ] || return 0
@@ -184,8 +188,8 @@ put() {
   return 1
 }
 
-# Sets the mode $1 and the time $2 (either may be -) of the rest. A far side that refuses has said so; the bytes
-# are there all the same, and not readable for more than they should be, since the umask saw to that.
+# Sets the mode $1 and the time $2 (either may be -) of the rest. A far side that refuses has said so; the
+# bytes are there all the same, and not readable for more than they should be, since the umask saw to that.
 stamp() {
   stamp_mode=$1 stamp_time=$2
   shift 2
@@ -196,9 +200,9 @@ stamp() {
 
 # ---- one function for each record; w1 to w4 are the words of its header, the arguments its paths
 
-# file UMASK MODE TIME NAME: replaces what is at the path by the bytes (NAME is -), or by the staged file NAME. It is made
-# beside its place, under a name of ours, so that it gets there by a rename on whatever file system that is; the umask
-# has it readable for nobody who may not read it in the end.
+# file UMASK MODE TIME NAME: replaces what is at the path by the bytes (NAME is -), or by the staged file
+# NAME. It is made beside its place, under a name of ours, so that it gets there by a rename on whatever file
+# system that is; the umask has it readable for nobody who may not read it in the end.
 do_file() {
   solid "$1" || { skip; return 2; }
   umask "$w1"
@@ -208,8 +212,9 @@ do_file() {
   put "$temp" "$1" && stamp - "$w3" "$1"
 }
 
-# part SEEK NAME: the bytes go to the staged file NAME: make it (SEEK is +), to its end (-), or SEEK times 64 KiB into
-# it. After a part that failed there is no such file, so neither the parts behind it nor the file can succeed.
+# part SEEK NAME: the bytes go to the staged file NAME: make it (SEEK is +), to its end (-), or SEEK times 64
+# KiB into it. After a part that failed there is no such file, so neither the parts behind it nor the file can
+# succeed.
 do_part() {
   umask 077
   if [ "$w1" = + ]; then rm -f "$stage/$w2"; elif ! [ -f "$stage/$w2" ]; then skip; echo "its staging is gone"; return 1; fi
@@ -223,8 +228,9 @@ do_part() {
   return 1
 }
 
-# base NAME BLOCKS SIZE: stages what stands at the path as NAME, BLOCKS blocks of SIZE bytes, and says each one's sum.
-# The sums are of the bytes as they were staged, so a change over there meanwhile cannot be patched wrongly.
+# base NAME BLOCKS SIZE: stages what stands at the path as NAME, BLOCKS blocks of SIZE bytes, and says each
+# one's sum. The sums are of the bytes as they were staged, so a change over there meanwhile cannot be patched
+# wrongly.
 do_base() {
   solid "$1" && [ -f "$1" ] && [ ! -h "$1" ] || return 2
   umask 077
@@ -292,8 +298,9 @@ do_move() {
   mv -f "$1" "$2"
 }
 
-# bulk KIND: an archive (tar), or lines that write the same files (script), of b/1/..., b/2/...: what is in b/N
-# belongs in the directory that is the Nth path. All is staged, then moved, so each file is replaced at once.
+# bulk KIND: an archive (tar), or lines that write the same files (script), of b/1/..., b/2/...: what is in
+# b/N belongs in the directory that is the Nth path. All is staged, then moved, so each file is replaced at
+# once.
 do_bulk() {
   for p; do solid "$p/." || { skip; return 2; }; done
   umask 022
@@ -325,7 +332,8 @@ into() {
   ! stands "$1" || mv -f "$@" "$directory/"
 }
 
-# hook: runs the command the session was given for it; its standard input is the bytes of this record, not the stream.
+# hook: runs the command the session was given for it; its standard input is the bytes of this record, not the
+# stream.
 do_hook() {
   rm -f "$stage/hook"
   store "$stage/hook" || return 1
@@ -343,8 +351,9 @@ do_clean() {
 # beat: nothing, to see whether the connection lives.
 do_beat() { :; }
 
-# stage: makes the staging, for what is put together there before it takes its place. Another session's goes: a connection
-# that was given up may still have bytes on the way, and without its staging its receiver ends instead of writing them.
+# stage: makes the staging, for what is put together there before it takes its place. Another session's goes:
+# a connection that was given up may still have bytes on the way, and without its staging its receiver ends
+# instead of writing them.
 do_stage() {
   [ -z "$staged" ] || return 0
   for old in ./.file_replicator.????????????; do
@@ -385,8 +394,8 @@ do_probe() {
   echo "$nonce + $can $fine $sum $taker"
 }
 
-# Sets found to the file of the tool $1 in PATH. A standalone busybox uses its own tools and never looks there, but
-# GNU's find and touch know fractions of a second and its tar sets them.
+# Sets found to the file of the tool $1 in PATH. A standalone busybox uses its own tools and never looks
+# there, but GNU's find and touch know fractions of a second and its tar sets them.
 find_tool() {
   rest=$PATH:
   while [ -n "$rest" ]; do
@@ -397,8 +406,8 @@ find_tool() {
   return 1
 }
 
-# Lists the replica: kind, mode, size, time, file system, path, two slashes, where a link leads. The arguments are
-# find's, for what is left out.
+# Lists the replica: kind, mode, size, time, file system, path, two slashes, where a link leads. The arguments
+# are find's, for what is left out.
 list() {
   find_tool find || found="find"
   if "$found" . -maxdepth 0 -printf '' 2>/dev/null; then
@@ -422,8 +431,8 @@ list_sums() {
 # True if nothing is in the replica.
 empty() { for p in * .[!.]* ..?*; do ! stands "./$p" || return 1; done; }
 
-# The session: $1 what to run it with, $2 the nonce all answers begin with, $3 the replica, $4 the letters of what it
-# may do, $5 the remote hook, the rest for list.
+# The session: $1 what to run it with, $2 the nonce all answers begin with, $3 the replica, $4 the letters of
+# what it may do, $5 the remote hook, the rest for list.
 main() {
   newline='
 '
@@ -433,7 +442,8 @@ main() {
   export LC_ALL
   unset CDPATH TAR_OPTIONS
   PATH=${PATH:-/bin}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
-  # A busybox that needs no process for its tools is four times as fast as any other shell, dash a little faster.
+  # A busybox that needs no process for its tools is four times as fast as any other shell, dash a little
+  # faster.
   if [ "$1" != - ]; then
     # shellcheck disable=SC2016
     lean='PATH=/nonexistent; dd </dev/null && [ "$(stat -c %s /)" ] && mv --help && command -v touch find rm tee wc'
@@ -481,7 +491,7 @@ main() {
 '''
 
 
-# ==== 2. Words ================================================================================================
+# ==== 2. Words ==============================================================================================
 
 BULK_BYTES = 1 << 20            # a slice of the backlog, and the largest file that travels whole
 BULK_PATHS = 1000
@@ -497,7 +507,8 @@ RETRY_SECONDS, RETRY_MOST_SECONDS = 1, 30
 POLL_SECONDS = 2                # between two looks at everything, where there is no inotify
 STAGING = re.compile(r'\.file_replicator\.[0-9a-f]{12}(-new)?')
 
-META, LOOK, CONTENT = 1, 2, 3   # what a hint says: the mode or time changed; look; bytes changed (or: look below)
+# what a hint says: the mode or time changed; look; bytes changed (or: look below)
+META, LOOK, CONTENT = 1, 2, 3
 
 
 Options = argparse.Namespace    # what parse() returns: the options by name, source, destination, command
@@ -533,8 +544,8 @@ class Step(NamedTuple):
 
 
 class Tree:
-    """What stands below a directory: paths are relative to it, '' is itself. Each lookup costs the same, however
-    large the tree; a subtree costs what is in it."""
+    """What stands below a directory: paths are relative to it, '' is itself. Each lookup costs the same,
+    however large the tree; a subtree costs what is in it."""
 
     def __init__(self):
         self.root: Optional[Entry] = None
@@ -548,8 +559,8 @@ class Tree:
         return names.get(name) if names else None
 
     def put(self, path: str, entry: Optional[Entry]) -> None:
-        """Sets what stands at a path whose directory is in the tree; elsewhere it does nothing. What was below
-        stays only below a directory."""
+        """Sets what stands at a path whose directory is in the tree; elsewhere it does nothing. What was
+        below stays only below a directory."""
         if not path:
             self.root = entry
             return
@@ -609,10 +620,11 @@ def shown(path: str) -> str:
                    c.encode('unicode_escape').decode() for c in path)
 
 
-# ==== 3. What is left out =====================================================================================
+# ==== 3. What is left out ===================================================================================
 
 def pattern_regex(pattern: str) -> Tuple[Pattern, bool]:
-    """The expression that whole paths match, and whether only directories do. Raises ValueError for an empty one."""
+    """The expression that whole paths match, and whether only directories do. Raises ValueError for an empty
+    one."""
     only_directories = pattern.endswith('/')
     body = pattern.rstrip('/')
     anchored = '/' in body
@@ -645,7 +657,8 @@ class Git:
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith('GIT_') or k == 'GIT_CONFIG_GLOBAL'}
         self.environment['LC_ALL'] = 'C'
         self.throwaway: Optional[str] = None
-        self.above: List[str] = []      # the directories between here and the top of the work tree, which have rules too
+        # the directories between here and the top of the work tree, which have rules too
+        self.above: List[str] = []
         self.asking: Optional[subprocess.Popen] = None
         self.directory = self.find_git_directory()
         if self.directory is None:
@@ -695,8 +708,9 @@ class Git:
         return done.stdout
 
     def ignored(self) -> Iterator[str]:
-        """What git leaves out, relative to the top ('.'); of an ignored directory that holds nothing tracked only itself.
-        ls-files also names directories that hold only ignored files, and are not ignored: so it is asked again."""
+        """What git leaves out, relative to the top ('.'); of an ignored directory that holds nothing tracked
+        only itself. ls-files also names directories that hold only ignored files, and are not ignored: so it
+        is asked again."""
         self.close()                    # its index and rules are those of when it was started
         out = self.run('ls-files', '--others', '--ignored', '--exclude-standard', '--directory', '-z').split(b'\0')[:-1]
         directories = [path for path in out if path.endswith(b'/')]
@@ -707,7 +721,8 @@ class Git:
         return (os.fsdecode(path).rstrip('/') for path in out)
 
     def ignores(self, paths: List[str]) -> List[bool]:
-        """Whether git leaves out each of these new paths, relative to the top: one process answers all through."""
+        """Whether git leaves out each of these new paths, relative to the top: one process answers all
+        through."""
         answers: List[bool] = []
         try:
             if self.asking is None:
@@ -726,7 +741,8 @@ class Git:
                 if matched and self.run('ls-files', '-z', '--', ':(literal)' + path):
                     matched = False     # it holds what is tracked
                 answers.append(matched)
-        except OSError:                 # it ends at a path in a submodule, or behind a link: those are not its to judge
+        # it ends at a path in a submodule, or behind a link: those are not its to judge
+        except OSError:
             pass
         if len(answers) < len(paths) or self.asking.poll() is not None:
             self.close()
@@ -790,8 +806,8 @@ class LeftOut:
                 or bool(self.patterns) and self.excludes(path, is_directory))
 
     def ask(self, paths: List[str], gone: bool = False) -> None:
-        """Asks git about paths it was not asked about before. Of those that are gone here (they stand over there)
-        git cannot tell a directory from a file, but it can for what would be in it."""
+        """Asks git about paths it was not asked about before. Of those that are gone here (they stand over
+        there) git cannot tell a directory from a file, but it can for what would be in it."""
         if not self.git:
             return
         tops = sorted(self.git, key=len, reverse=True)
@@ -827,7 +843,7 @@ class LeftOut:
             git.close()
 
 
-# ==== 4. Look: what stands here, and where to look again =======================================================
+# ==== 4. Look: what stands here, and where to look again ====================================================
 
 KINDS = {stat.S_IFREG: 'f', stat.S_IFDIR: 'd', stat.S_IFLNK: 'l'}      # all else is 's': a socket, a FIFO, a device
 
@@ -843,8 +859,8 @@ def entry_of(status: os.stat_result, full: str) -> Entry:
 
 
 class Watch:
-    """Listens to directories by inotify. Paths are relative to the root. Where there is no inotify, or not enough of
-    it, `fd` is None and `why_not` says why: everything has to be looked at now and then."""
+    """Listens to directories by inotify. Paths are relative to the root. Where there is no inotify, or not
+    enough of it, `fd` is None and `why_not` says why: everything has to be looked at now and then."""
 
     def __init__(self, root: str, wanted: bool):
         self.root = root
@@ -873,7 +889,8 @@ class Watch:
         return self.inotify.fileno() if self.inotify else None
 
     def follow(self, path: str, full: str = '') -> None:
-        """Watches a directory; called before it is listed, each time. A directory that moved keeps its descriptor."""
+        """Watches a directory; called before it is listed, each time. A directory that moved keeps its
+        descriptor."""
         if not self.inotify:
             return
         full = full or (self.root + '/' + path if path else self.root)
@@ -908,9 +925,9 @@ class Watch:
         self.descriptors.clear()
 
     def read(self) -> Iterator[Tuple[Optional[str], str, int]]:
-        """Yields (directory, name, mask) of all events there are; None as the directory when some were lost. A
-        rename's second half that is not there yet is waited for, two milliseconds: without it a rename would be
-        taken for a removal and a new file."""
+        """Yields (directory, name, mask) of all events there are; None as the directory when some were lost.
+        A rename's second half that is not there yet is waited for, two milliseconds: without it a rename
+        would be taken for a removal and a new file."""
         events = self.inotify.read(timeout=0)
         flags = self.flags
         halves = {event.cookie for event in events if event.mask & flags.MOVED_FROM}
@@ -937,7 +954,8 @@ class Source:
         self.identity: Optional[Tuple[int, int]] = None     # the root's, to know it when it comes back
         self.hints: Dict[str, int] = {}                     # to be looked at now: META, LOOK or CONTENT
         self.later: Dict[str, Tuple[float, float, int]] = {}    # path: (when, since when, hint)
-        self.fresh: Set[str] = set()    # looked at so soon after a change that the next could leave the same time
+        # looked at so soon after a change that the next could leave the same time
+        self.fresh: Set[str] = set()
         self.names: Dict[Any, str] = {}         # inode: the path it was last seen at
         self.twins: Dict[Any, Set[str]] = {}    # inode: the paths of a file that has several
         self.now_ns = 0                 # when this look began
@@ -953,7 +971,8 @@ class Source:
         return self.root + '/' + path if path else self.root
 
     def hint(self, path: str, why: int, delay: float = 0, most: float = 0) -> None:
-        """Has a path looked at, in `delay` seconds, each call putting that off, but not past `most` after the first."""
+        """Has a path looked at, in `delay` seconds, each call putting that off, but not past `most` after the
+        first."""
         if not delay:
             why = max(why, self.later.pop(path, (0, 0, 0))[2])
             self.hints[path] = max(why, self.hints.get(path, 0))
@@ -1020,8 +1039,9 @@ class Source:
         return min((when for when, _, _ in self.later.values()), default=now) - now
 
     def ask_git(self) -> None:
-        """Has git say anew what is left out, unless it just did. RACE: a rule that changes between that and the watch on
-        where it stands is noticed by its time (see note_fresh); but for git's own index: then by its next change."""
+        """Has git say anew what is left out, unless it just did. RACE: a rule that changes between that and
+        the watch on where it stands is noticed by its time (see note_fresh); but for git's own index: then by
+        its next change."""
         if self.git_is_asked and not self.rules_changed:
             self.git_is_asked = False
             return
@@ -1042,9 +1062,9 @@ class Source:
             raise
 
     def look_at_hints(self) -> Dict[str, int]:
-        """Looks at all hints. Returns the paths where something is to be compared, and why; each path that went from
-        or came below a directory too. An error is said and leaves things as they were last seen: what cannot be
-        read is not gone."""
+        """Looks at all hints. Returns the paths where something is to be compared, and why; each path that
+        went from or came below a directory too. An error is said and leaves things as they were last seen:
+        what cannot be read is not gone."""
         if not self.root_is_there():
             return {}
         changed: Dict[str, int] = {}
@@ -1109,8 +1129,9 @@ class Source:
         self.tree.put(path, None)
 
     def scan(self, top: str, changed: Dict[str, int], everything: bool = False) -> None:
-        """Lists a directory and all below it, watching each before it is listed, and takes note of what is other than
-        before. RACE: what changes behind us is in the events; what vanishes before us is seen as not there."""
+        """Lists a directory and all below it, watching each before it is listed, and takes note of what is
+        other than before. RACE: what changes behind us is in the events; what vanishes before us is seen as
+        not there."""
         stack = [top]
         tick = 0
         choosy = self.left_out.ask_git or bool(self.left_out.patterns)
@@ -1165,9 +1186,10 @@ class Source:
                 self.meanwhile()        # a long scan must not let the kernel's queues run full
 
     def examine(self, path: str, status: os.stat_result) -> Entry:
-        """An entry, with notes. A file looked at within a tick of its last change may change again and keep its time: git
-        calls it racily clean. Its size and time prove nothing, so when events were lost, or at a new connection, it is
-        sent again. Of a file with several names an event only tells one; the others are looked at with it."""
+        """An entry, with notes. A file looked at within a tick of its last change may change again and keep
+        its time: git calls it racily clean. Its size and time prove nothing, so when events were lost, or at
+        a new connection, it is sent again. Of a file with several names an event only tells one; the others
+        are looked at with it."""
         entry = entry_of(status, self.full(path))
         if entry.kind == 'f':
             if abs(self.now_ns - status.st_mtime_ns) < (50 * 10**6 if status.st_mtime_ns % 10**9 else 2 * 10**9):
@@ -1181,7 +1203,8 @@ class Source:
         return entry
 
     def admits(self, path: str, entry: Entry) -> bool:
-        """Whether this is something that can be replicated; says if it is not. Raises Stop at our own staging."""
+        """Whether this is something that can be replicated; says if it is not. Raises Stop at our own
+        staging."""
         name = path.rpartition('/')[2]
         if name and self.own_staging and name.startswith(self.own_staging):
             raise Stop('the replica is inside of what it replicates: choose another destination')
@@ -1194,14 +1217,16 @@ class Source:
         return False
 
     def forget_left_out(self) -> None:
-        """Drops from the tree what is left out by now. It stays at the replica, untouched: see `forgotten`."""
+        """Drops from the tree what is left out by now. It stays at the replica, untouched: see
+        `forgotten`."""
         for path in [path for path in self.tree.below('') if self.left_out(path, self.tree.is_directory(path))]:
             self.lose(path, {})
             self.forgotten.append(path)
 
     def root_is_there(self) -> bool:
-        """Whether the source can be trusted to be what it was. One that is gone, or empty where another file system was,
-        is not a source that was emptied: nothing is removed over there, and it is looked for every second."""
+        """Whether the source can be trusted to be what it was. One that is gone, or empty where another file
+        system was, is not a source that was emptied: nothing is removed over there, and it is looked for
+        every second."""
         try:
             status = os.stat(self.root)
             identity = (status.st_dev, status.st_ino)
@@ -1222,7 +1247,7 @@ class Source:
         return True
 
 
-# ==== 5. Plan =================================================================================================
+# ==== 5. Plan ===============================================================================================
 
 def same_time(a: Optional[int], b: Optional[int]) -> bool:
     """Whether two times are one. Some far sides only know whole seconds: their fraction is 0."""
@@ -1252,9 +1277,10 @@ def forget_time(tree: Tree, path: str) -> None:
 
 
 def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True) -> List[Step]:
-    """The steps that make `remote` equal to `local` at these paths, in the order they must be taken; `remote` is changed
-    as they will change it. A hint of CONTENT has a file sent even if size and time are the same, META has only mode
-    and time set where only they differ. Without `delete`, what is only in `remote` stays, and moves are copies."""
+    """The steps that make `remote` equal to `local` at these paths, in the order they must be taken; `remote`
+    is changed as they will change it. A hint of CONTENT has a file sent even if size and time are the same,
+    META has only mode and time set where only they differ. Without `delete`, what is only in `remote` stays,
+    and moves are copies."""
     steps: List[Step] = []
     opened: Set[str] = set()            # directories in which something changes
     disturbed: Set[str] = set()         # others whose mode or time has to be compared at the end
@@ -1362,9 +1388,9 @@ def set_meta(take: Callable, remote: Tree, path: str, there: Entry, here: Entry)
 
 def believe(listed: Iterable[Tuple[str, Entry]], local: Tree, known: Optional[Tree],
             ours: Callable[[str, Entry], bool]) -> Tree:
-    """The replica as the far side listed it, what is above before what is in it. Only what is ours is taken: what stands
-    here, what an earlier connection knew of, and what `ours` says. Where it equals what stands here it is the same
-    object, so that a later rename is known by the inode."""
+    """The replica as the far side listed it, what is above before what is in it. Only what is ours is taken:
+    what stands here, what an earlier connection knew of, and what `ours` says. Where it equals what stands
+    here it is the same object, so that a later rename is known by the inode."""
     remote = Tree()
     for path, entry in listed:
         above, _, name = path.rpartition('/')
@@ -1392,7 +1418,7 @@ def believe(listed: Iterable[Tuple[str, Entry]], local: Tree, known: Optional[Tr
     return remote
 
 
-# ==== 6. Records: steps as bytes ==============================================================================
+# ==== 6. Records: steps as bytes ============================================================================
 
 def wire(path: str) -> bytes:
     """A path as lines of a record, see get in the receiver."""
@@ -1423,8 +1449,9 @@ TAR_KINDS = {'f': b'0', 'd': b'5', 'l': b'2'}
 
 
 def archive(members: Iterable[Member]) -> bytes:
-    """A tar archive that GNU's, busybox's and toybox's tar read alike: ustar headers, GNU's long names, and the
-    fraction of a time as a PAX record, which those that do not know it skip. Python's tarfile takes ten times as long."""
+    """A tar archive that GNU's, busybox's and toybox's tar read alike: ustar headers, GNU's long names, and
+    the fraction of a time as a PAX record, which those that do not know it skip. Python's tarfile takes ten
+    times as long."""
     out: List[bytes] = []
     for name, entry, data in members:
         target = os.fsencode(entry.target) if entry.target else b''
@@ -1443,7 +1470,8 @@ def archive(members: Iterable[Member]) -> bytes:
 @functools.lru_cache(maxsize=16)
 def tar_header(kind: bytes, name: bytes, size: int, mode: int = 0o644, mtime: int = 0, target: bytes = b'') -> bytes:
     middle = b'%07o\0000000000\0000000000\0%011o\0%011o\0' % (mode, size, mtime)
-    check = sum(name) + sum(middle) + sum(kind) + sum(target) + 879     # eight blanks in its own place, and the last field
+    # eight blanks in its own place, and the last field
+    check = sum(name) + sum(middle) + sum(kind) + sum(target) + 879
     return b'%s%s%06o\0 %s%sustar  \0%s' % (name.ljust(100, b'\0'), middle, check, kind, target.ljust(100, b'\0'), bytes(247))
 
 
@@ -1452,7 +1480,8 @@ def in_blocks(data: bytes) -> bytes:
 
 
 def script(members: Iterable[Member], fine: bool) -> bytes:
-    """The same for a far side without tar: lines that its shell reads. Names and bytes stand in single quotes."""
+    """The same for a far side without tar: lines that its shell reads. Names and bytes stand in single
+    quotes."""
     lines: List[bytes] = []
     modes: Dict[bytes, List[bytes]] = {}
     times: Dict[bytes, List[bytes]] = {}
@@ -1491,7 +1520,7 @@ def script(members: Iterable[Member], fine: bool) -> bytes:
     return b''.join(lines)
 
 
-# ==== 7. Connection ===========================================================================================
+# ==== 7. Connection =========================================================================================
 
 class Sent(NamedTuple):
     """A record on its way."""
@@ -1499,7 +1528,8 @@ class Sent(NamedTuple):
     size: int                           # bytes
     when: float                         # time.monotonic()
     verb: str
-    done: Callable[[int, str, List[str]], None]     # called with the code, what was said before it, and the values
+    # called with the code, what was said before it, and the values
+    done: Callable[[int, str, List[str]], None]
 
 
 WHAT_IT_MAY_MEAN = {
@@ -1529,7 +1559,8 @@ class Connection:
         self.said: List[str] = []       # lines of the far side's that are no answers
         self.values: List[str] = []
         self.listing: List[str] = []
-        self.complaints: Deque[str] = collections.deque(maxlen=20)      # what the command wrote to its standard error
+        # what the command wrote to its standard error
+        self.complaints: Deque[str] = collections.deque(maxlen=20)
         self.can = ''                   # what the far side can do, once it made its staging
         self.at_rest = False            # nothing over there is half-way, or staged
         try:
@@ -1547,8 +1578,9 @@ class Connection:
             except OSError:
                 pass
         self.started = self.moved = time.monotonic()
-        # One command, complete before anything else is sent: dash and busybox sh read ahead on what they take commands
-        # from, and would swallow the first records. sh -c also leaves behind the options and aliases of the outer shell.
+        # One command, complete before anything else is sent: dash and busybox sh read ahead on what they take
+        # commands from, and would swallow the first records. sh -c also leaves behind the options and aliases
+        # of the outer shell.
         quoted = shlex.quote(self.text.decode('utf-8', 'surrogateescape'))
         self.write(('R=%s; exec sh -c "$R" "$R"\n' % quoted).encode('utf-8', 'surrogateescape'))
 
@@ -1573,12 +1605,13 @@ class Connection:
                 self.write(data)
 
     def has_room(self) -> bool:
-        """Whether more of the backlog may follow: little enough is on the way that a fresh edit need not wait long."""
+        """Whether more of the backlog may follow: little enough is on the way that a fresh edit need not wait
+        long."""
         return self.bytes_in_flight < self.window
 
     def turn(self, seconds: Optional[float], other: Optional[int] = None) -> None:
-        """Waits up to `seconds` (None: until something happens) for the far side or `other` to have something, writes
-        what can be written, and calls what the answers that came are for."""
+        """Waits up to `seconds` (None: until something happens) for the far side or `other` to have
+        something, writes what can be written, and calls what the answers that came are for."""
         while self.out:                 # most often the pipe takes it at once
             try:
                 count = os.write(self.stdin, self.out[0])
@@ -1618,8 +1651,8 @@ class Connection:
                 self.hear(data)
 
     def check_silence(self) -> float:
-        """Seconds until the next check. Sends a heartbeat when nothing moved for a while. Raises Lost when something
-        should have moved and did not. A remote hook may take as long as it likes."""
+        """Seconds until the next check. Sends a heartbeat when nothing moved for a while. Raises Lost when
+        something should have moved and did not. A remote hook may take as long as it likes."""
         silent = time.monotonic() - self.moved
         if self.phase == 'starting':
             limit = READY_SECONDS - (time.monotonic() - self.started)
@@ -1718,7 +1751,8 @@ class Connection:
             raise Lost('the far side answers what nobody asked: %s' % shown(line.decode(errors='replace')))
 
     def entries(self) -> Iterator[Tuple[str, Entry, int]]:
-        """What the far side listed: path, entry, number of the file system. What cannot be read is sent again."""
+        """What the far side listed: path, entry, number of the file system. What cannot be read is sent
+        again."""
         for line in self.listing:
             words = line.split(' ', 5)
             if len(words) < 6 or not line.endswith('.\n'):
@@ -1778,7 +1812,8 @@ class Connection:
         return 'the connection command %s%s%s' % (how, said, ' (%s)' % hint if hint else '')
 
     def close(self, patience_seconds: float = 0.7) -> None:
-        """Ends the connection. The end of its input is what tells the receiver to clear up; then the rest is ended."""
+        """Ends the connection. The end of its input is what tells the receiver to clear up; then the rest is
+        ended."""
         self.process.stdin.close()
         if self.at_rest:                # there is nothing to clear up, so nothing to wait for
             self.kill(signal.SIGTERM)
@@ -1809,8 +1844,8 @@ class Connection:
 
 @functools.lru_cache(maxsize=None)
 def has_terminal() -> bool:
-    """Whether a password could be asked for. Then the connection command stays in our group, or it could not ask; else
-    it gets one of its own, so that all it started can be ended."""
+    """Whether a password could be asked for. Then the connection command stays in our group, or it could not
+    ask; else it gets one of its own, so that all it started can be ended."""
     try:
         os.close(os.open('/dev/tty', os.O_RDWR))
         return True
@@ -1818,10 +1853,11 @@ def has_terminal() -> bool:
         return False
 
 
-# ==== 8. Replicate: bring the replica into step, and keep it there ============================================
+# ==== 8. Replicate: bring the replica into step, and keep it there ==========================================
 
 class Report:
-    """What the user is told: each confirmed path on standard output, the rest on standard error, all in the log file."""
+    """What the user is told: each confirmed path on standard output, the rest on standard error, all in the
+    log file."""
 
     def __init__(self, options: Options):
         self.options = options
@@ -1936,7 +1972,8 @@ class Report:
 
 
 class Hooks:
-    """Runs the hooks after what they are about is confirmed: the local one in a thread, so that nothing waits for it."""
+    """Runs the hooks after what they are about is confirmed: the local one in a thread, so that nothing waits
+    for it."""
 
     def __init__(self, command: str, report: Report):
         self.command, self.report = command, report
@@ -1988,24 +2025,27 @@ VERBS = {'dir': ('make', 'made'), 'file': ('send', 'sent'), 'link': ('link', 'li
 class Replica:
     """What the far side holds, and what is on its way there.
 
-    `remote` is what it will hold once it has answered all that is on its way. A step that fails makes its path
-    UNKNOWN, so it is taken again; nothing is said to be replicated before it is answered; and each new connection
-    begins with what the far side lists."""
+    `remote` is what it will hold once it has answered all that is on its way. A step that fails makes its
+    path UNKNOWN, so it is taken again; nothing is said to be replicated before it is answered; and each new
+    connection begins with what the far side lists."""
 
     def __init__(self, options: Options, source: Source, report: 'Report'):
         self.options, self.source, self.report = options, source, report
         self.remote = Tree()
         self.known: Optional[Tree] = None           # what was believed when the last connection was lost
         self.far: Any = None                        # the Connection
-        self.can: List[str] = []                    # what do_stage said: tar or script, fine or whole, sums, taker
+        # what do_stage said: tar or script, fine or whole, sums, taker
+        self.can: List[str] = []
         self.backlog: Deque[str] = collections.deque()
-        self.waiting: Dict[str, int] = {}           # the paths of the backlog that are still to be sent, and why
+        # the paths of the backlog that are still to be sent, and why
+        self.waiting: Dict[str, int] = {}
         self.jobs: Dict[str, Job] = {}
         self.staged: Dict[str, Tuple[str, Entry]] = {}      # path: name in the staging, what it is
         self.unstable: Dict[str, int] = {}          # how often a file changed while it was read
         self.alone: Set[str] = set()                # failed among others: sent by itself, to be told why
         self.tries: Dict[str, int] = {}
-        self.mounts: Set[str] = set()               # directories over there on another file system than the root
+        # directories over there on another file system than the root
+        self.mounts: Set[str] = set()
         self.settled: Dict[str, Entry] = {}         # directories whose mode and time the archive itself sets
         self.confirmed: List[str] = []              # paths, since the hooks last ran
         self.names = 0
@@ -2079,9 +2119,10 @@ class Replica:
                 and not any(path.startswith(mount + '/') for mount in self.mounts) and not self.source.left_out.within(path))
 
     def compare(self, hints: Dict[str, int]) -> None:
-        """Adds a hint for each path that differs. RACE: a file changed within the same tick as we looked may be other
-        than its time says; it is not believed. A far side that knows only whole seconds cannot tell two changes within
-        one, but those of a session are known from here; only across a restart could the older bytes stay."""
+        """Adds a hint for each path that differs. RACE: a file changed within the same tick as we looked may
+        be other than its time says; it is not believed. A far side that knows only whole seconds cannot tell
+        two changes within one, but those of a session are known from here; only across a restart could the
+        older bytes stay."""
         local, remote, fresh = self.source.tree, self.remote, self.source.fresh
         tool, sums = self.far.sums() if self.options.checksum else ('-', {})
         hints.setdefault('', META)
@@ -2109,7 +2150,8 @@ class Replica:
         return digest.hexdigest()
 
     def lost(self) -> None:
-        """Notes that what was on its way may or may not have arrived: it is compared anew, and files sent again."""
+        """Notes that what was on its way may or may not have arrived: it is compared anew, and files sent
+        again."""
         for steps in reversed(list(self.flying.values())):
             for step in reversed(steps):        # what was about to go may still be there
                 if step.verb in ('remove', 'rmdir'):
@@ -2160,8 +2202,8 @@ class Replica:
         self.send({'': META})
 
     def probed(self, values: List[str]) -> None:
-        """Takes note of what the far side can do. Now its staging stands, and must not stand within the source, nor the
-        source within the replica. Raises Stop."""
+        """Takes note of what the far side can do. Now its staging stands, and must not stand within the
+        source, nor the source within the replica. Raises Stop."""
         self.can = values[0].split()
         self.is_staged = True
         root = self.remote.root
@@ -2177,8 +2219,8 @@ class Replica:
     # ---- sending
 
     def take_in(self, changed: Dict[str, int]) -> None:
-        """Sends what is to be sent at these paths at once, if it is little; else what goes, moves, and makes directories
-        of what moved; the rest becomes the backlog, which later edits overtake."""
+        """Sends what is to be sent at these paths at once, if it is little; else what goes, moves, and makes
+        directories of what moved; the rest becomes the backlog, which later edits overtake."""
         local, remote = self.source.tree, self.remote
         now = time.monotonic()
         for path in list(changed) if self.options.update_interval else ():
@@ -2210,7 +2252,8 @@ class Replica:
     def send(self, hints: Dict[str, int]) -> None:
         for path in list(self.jobs):
             if path in hints and self.source.tree.get(path) is not None:
-                self.source.hint(path, hints.pop(path), QUIET_SECONDS)      # when the job is done it looks again
+                # when the job is done it looks again
+                self.source.hint(path, hints.pop(path), QUIET_SECONDS)
             elif any(path == gone or path.startswith(gone + '/') for gone in hints if self.source.tree.get(gone) is None):
                 self.cancel(path)
         steps = plan(self.remote, self.source.tree, hints, not self.options.no_delete)
@@ -2251,8 +2294,8 @@ class Replica:
         self.far.send(verb, words, paths, payload, lambda code, said, _: self.answered(number, steps, when, code, said))
 
     def send_metas(self, steps: List[Step]) -> None:
-        """Times many at once where they are the same; modes one by one and after them, the deepest first, since a
-        directory that may not be entered any more must be the last of its own."""
+        """Times many at once where they are the same; modes one by one and after them, the deepest first,
+        since a directory that may not be entered any more must be the last of its own."""
         fine = self.can[1] == 'fine'
         times: Dict[str, List[Step]] = {}
         for step in steps:
@@ -2267,7 +2310,8 @@ class Replica:
                 self.post('meta', ('%05o' % step.entry.mode, when), [wire(step.path)], [step])
 
     def send_entries(self, steps: List[Step]) -> None:
-        """New directories, files and links: together, or where they are few, failed before, or cannot, one by one."""
+        """New directories, files and links: together, or where they are few, failed before, or cannot, one by
+        one."""
         batch: List[Tuple[Step, bytes]] = []
         size = 0
         for step in steps:
@@ -2288,7 +2332,8 @@ class Replica:
                 if read is None:
                     continue
                 step, data = read
-            crosses = self.mounts and any(step.path.startswith(mount + '/') for mount in self.mounts)   # no rename
+            # no rename
+            crosses = self.mounts and any(step.path.startswith(mount + '/') for mount in self.mounts)
             if step.path in self.alone or crosses or not 0 <= (step.entry.mtime_ns or 0) < 8 * 10**18:
                 self.send_batch(batch)
                 batch, size = [], 0
@@ -2320,8 +2365,8 @@ class Replica:
         self.post('file', words, [wire(step.path)], [step], [data])
 
     def send_batch(self, batch: List[Tuple[Step, bytes]]) -> None:
-        """Each entry goes to the staging below the number of the directory it belongs in, the nearest that stands over
-        there already; so a new directory is moved to its place with all that is in it."""
+        """Each entry goes to the staging below the number of the directory it belongs in, the nearest that
+        stands over there already; so a new directory is moved to its place with all that is in it."""
         if len(batch) < 3:
             for step, data in batch:
                 self.send_one(step, data)
@@ -2331,7 +2376,8 @@ class Replica:
         inside: Dict[str, bytes] = {}           # new directory: its name in the staging
         top = Entry('d', 0o700)
         members: List[Member] = [(b'b', top, b'')]
-        # Each directory with all that is in it at a stretch: else GNU's tar sets its time before its last file is there.
+        # Each directory with all that is in it at a stretch: else GNU's tar sets its time before its last
+        # file is there.
         for step, data in sorted(batch, key=lambda pair: pair[0].path.replace('/', '\0')):
             above, _, name = step.path.rpartition('/')
             base = inside.get(above)
@@ -2357,8 +2403,8 @@ class Replica:
             self.send_metas([step._replace(verb='meta', detail='t') for step, _ in batch if step.verb == 'link'])
 
     def read(self, step: Step) -> Optional[Tuple[Step, bytes]]:
-        """The bytes of a small file, as they were at one moment, and the step with the size and time of that moment. None
-        if there is nothing to send now; then it was said or hinted."""
+        """The bytes of a small file, as they were at one moment, and the step with the size and time of that
+        moment. None if there is nothing to send now; then it was said or hinted."""
         path = step.path
         try:
             fd = os.open(self.source.full(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -2376,7 +2422,8 @@ class Replica:
                 after = os.fstat(fd)
                 if len(data) == before.st_size and (before.st_mtime_ns, before.st_size) == (after.st_mtime_ns, after.st_size):
                     break
-            else:                       # it never stands still: this is as good as any, and it will be sent again
+            # it never stands still: this is as good as any, and it will be sent again
+            else:
                 data = data[:before.st_size]
                 self.source.hint(path, CONTENT, QUIET_SECONDS, OPEN_SECONDS)
             if len(data) != step.entry.size or before.st_mtime_ns != step.entry.mtime_ns:
@@ -2392,7 +2439,8 @@ class Replica:
             os.close(fd)
 
     def unreadable(self, path: str, error: OSError) -> None:
-        """RACE: what vanished or became something else after we looked has its own event; it is looked at once more."""
+        """RACE: what vanished or became something else after we looked has its own event; it is looked at
+        once more."""
         self.remote.put(path, UNKNOWN)
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
             self.source.hint(path, LOOK, 0 if error.errno != errno.ENXIO else 1)
@@ -2419,8 +2467,9 @@ class Replica:
             self.far.send('drop', (self.staged.pop(path)[0],))
 
     def upload(self, job: Job) -> Iterator[bool]:
-        """Sends a file into the staging, and has it looked at again: if it is still the same it then takes its place. Of a
-        file that stands there already in another state only the blocks that differ are sent."""
+        """Sends a file into the staging, and has it looked at again: if it is still the same it then takes
+        its place. Of a file that stands there already in another state only the blocks that differ are
+        sent."""
         path, entry = job.step.path, job.step.entry
         answers: List[Tuple[int, str, List[str]]] = []
 
@@ -2481,7 +2530,8 @@ class Replica:
         still = (after.st_size, after.st_mtime_ns) == (entry.size, entry.mtime_ns)
         self.unstable[path] = 0 if still else self.unstable.get(path, 0) + 1
         if still or self.unstable[path] > 2 and after.st_size >= size:
-            if not still:               # it never stands still: what was read is better than nothing, and is sent again
+            # it never stands still: what was read is better than nothing, and is sent again
+            if not still:
                 self.source.hint(path, CONTENT, QUIET_SECONDS, OPEN_SECONDS)
             self.staged[path] = job.name, entry
             del self.jobs[path]
@@ -2494,8 +2544,8 @@ class Replica:
         self.source.hint(path, CONTENT)
 
     def fill(self) -> bool:
-        """Sends of what can wait as much as there is room for: a part of each large file, and a slice of the backlog.
-        Whether there may be more to do at once."""
+        """Sends of what can wait as much as there is room for: a part of each large file, and a slice of the
+        backlog. Whether there may be more to do at once."""
         busy = False
         for path, job in list(self.jobs.items()):
             if self.far.has_room():
@@ -2517,8 +2567,8 @@ class Replica:
     # ---- answers
 
     def answered(self, number: int, steps: List[Step], when: float, code: int, said: str) -> None:
-        """Confirms steps, or takes back the belief that they were taken. Raises Drifted where the far side is not as it was
-        listed, unless that comes from a step of ours that failed while this was on its way."""
+        """Confirms steps, or takes back the belief that they were taken. Raises Drifted where the far side is
+        not as it was listed, unless that comes from a step of ours that failed while this was on its way."""
         self.flying.pop(id(steps), None)
         if code == 0:
             took = (time.monotonic() - when) * 1000
@@ -2571,7 +2621,8 @@ class Replica:
         self.source.hint(path, LOOK if self.source.tree.is_directory(path) else CONTENT, delay)
 
     def failed(self, path: str, why: str) -> None:
-        """Says why a path could not be replicated, once, and has it tried again while there is somebody to see it."""
+        """Says why a path could not be replicated, once, and has it tried again while there is somebody to
+        see it."""
         self.report.problem(path, why, 'send')
         tries = self.tries[path] = self.tries.get(path, -1) + 1
         if self.options.watch:
@@ -2611,19 +2662,21 @@ class Replica:
             self.report.warn('remote hook: %s' % said)
 
     def is_idle(self, sent_is_enough: bool = False) -> bool:
-        """Whether nothing is waiting, but what failed and is tried again later; nor on its way, unless sent is enough."""
+        """Whether nothing is waiting, but what failed and is tried again later; nor on its way, unless sent
+        is enough."""
         return not (self.source.hints or self.waiting or self.jobs or not sent_is_enough and (self.far.flight or self.far.out)
                     or any(path not in self.tries for path in self.source.later))
 
 
 class Drifted(Lost):
-    """The far side is no longer what it listed: somebody changed the replica there. A new connection lists it anew."""
+    """The far side is no longer what it listed: somebody changed the replica there. A new connection lists it
+    anew."""
 
 
 def replicate(options: Options) -> int:
-    """The whole program: looks at the source while the far side starts, compares, sends what differs, and goes on as
-    long as it is watched; when a connection ends, it makes another and begins again. Returns the exit status; raises
-    Stop where it cannot go on."""
+    """The whole program: looks at the source while the far side starts, compares, sends what differs, and
+    goes on as long as it is watched; when a connection ends, it makes another and begins again. Returns the
+    exit status; raises Stop where it cannot go on."""
     report = Report(options)
     left_out = LeftOut(options.source, options.excludes, options.gitignore)
     watch = Watch(options.source, options.watch and not options.poll)
@@ -2657,7 +2710,8 @@ def replicate(options: Options) -> int:
 
 
 def keep_in_step(options: Options, source: Source, replica: Replica, hooks: Hooks, report: Report) -> None:
-    """Sends what is hinted at before the backlog, and says when everything is confirmed. Returns when that is all."""
+    """Sends what is hinted at before the backlog, and says when everything is confirmed. Returns when that is
+    all."""
     next_look = time.monotonic() + (options.poll or POLL_SECONDS)
     while True:
         now = time.monotonic()
@@ -2689,7 +2743,8 @@ def keep_in_step(options: Options, source: Source, replica: Replica, hooks: Hook
 
 
 class Retry:
-    """When to connect again, and what the user sees of it: one line when the connection is lost, one when it is back."""
+    """When to connect again, and what the user sees of it: one line when the connection is lost, one when it
+    is back."""
 
     def __init__(self, options: Options, report: Report):
         self.options, self.report = options, report
@@ -2731,7 +2786,7 @@ class Retry:
             source.listen()
 
 
-# ==== 9. Command line =========================================================================================
+# ==== 9. Command line =======================================================================================
 
 def program(options: Options, find_words: Sequence[str]) -> Callable[[str], str]:
     """What to send, given the nonce: the receiver as it stands, and one call of it."""
@@ -2817,8 +2872,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def split_command_line(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Tuple[List[str], List[str], List[str]]:
-    """Options, SRC_DIR and DEST_PARENT_DIR, connection command. By hand, since argparse (3.8 to 3.13) would take options
-    out of the command, and drop a -- of its own."""
+    """Options, SRC_DIR and DEST_PARENT_DIR, connection command. By hand, since argparse (3.8 to 3.13) would
+    take options out of the command, and drop a -- of its own."""
     options: List[str] = []
     places: List[str] = []
     takes_value = {name for action in parser._actions if action.nargs is None for name in action.option_strings}
@@ -2875,7 +2930,8 @@ def main(argv: Sequence[str]) -> int:
 
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(each, stop)
-    gc.set_threshold(100000)            # entries are never garbage in cycles: looking for that costs a fifth of a scan
+    # entries are never garbage in cycles: looking for that costs a fifth of a scan
+    gc.set_threshold(100000)
     try:
         return replicate(parse(argv))
     except (Stop, Lost) as why:
