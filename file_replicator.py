@@ -14,19 +14,20 @@
     inotify ── hints                 │                                    ║
                         remote: Tree ┘ <───────────── answers ════════════╝
 
-`local` is what stands here, as it was last looked at. `remote` is what stands over there. Everything this program does
-is to make the second equal to the first. An event only says where to look again; what is sent follows from comparing
-the two trees. So new directories, renames, events that were lost, a connection that broke and a container that was
-made anew are one and the same case, with more or fewer paths to look at.
+`local` is what stands here, as it was last looked at. `remote` is what stands over there. Everything this
+program does is to make the second equal to the first. An event only says where to look again; what is sent
+follows from comparing the two trees. So new directories, renames, events that were lost, a connection that broke
+and a container that was made anew are one and the same case, with more or fewer paths to look at.
 
-Read from the top: the receiver is all that runs over there. The program itself is `replicate`, in section 8; sections
-2, 5 and 6 touch nothing, no clock, no disk and no process.
+Read from the top: the receiver is all that runs over there. The program itself is `replicate`, in section 8;
+sections 2, 5 and 6 touch nothing, no clock, no disk and no process.
 """
 
 from __future__ import annotations      # so that none of them costs time at the start
 
 import argparse
 import collections
+import contextlib
 import errno
 import fcntl
 import functools
@@ -41,8 +42,8 @@ import stat
 import subprocess
 import sys
 import time
-from typing import (Any, Callable, Collection, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Pattern,
-                    Sequence, Set, Tuple)
+from typing import (Any, Callable, Collection, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional,
+                    Pattern, Sequence, Set, Tuple)
 
 __version__ = '1.0'
 
@@ -57,12 +58,12 @@ __version__ = '1.0'
 #     bytes, then NONCE. and a newline
 #
 #     verb    words                    paths, bytes                   what it does
-#     probe                            0                              makes the staging, says what this side can do
+#     probe                            0                              makes the staging, says what it can do
 #     stage                            0                              makes the staging
 #     rest                             0                              removes it
 #     file    umask mode time name     1, the file's or none          replaces a file, in one rename
 #     part    where name               0, a part of a large file      goes to a staged file
-#     base    name blocks size         1                              stages what stands there, says its block sums
+#     base    name blocks size         1                              stages what stands there, says its sums
 #     drop    name                     0                              forgets a staged file
 #     dir     umask                    1                              makes a directory
 #     link    time                     2: its target and a dot, path  replaces a symbolic link
@@ -188,14 +189,13 @@ put() {
   return 1
 }
 
-# Sets the mode $1 and the time $2 (either may be -) of the rest. A far side that refuses has said so; the
-# bytes are there all the same, and not readable for more than they should be, since the umask saw to that.
+# Sets the mode $1 and the time $2 (either may be -) of the rest. True if both could be set.
 stamp() {
-  stamp_mode=$1 stamp_time=$2
+  stamp_mode=$1 stamp_time=$2 stamped=0
   shift 2
-  [ "$stamp_mode" = - ] || chmod "$stamp_mode" "$@"
-  [ "$stamp_time" = - ] || "$touch" -c -h -d "@$stamp_time" "$@"
-  return 0
+  [ "$stamp_mode" = - ] || chmod "$stamp_mode" "$@" || stamped=1
+  [ "$stamp_time" = - ] || "$touch" -c -h -d "@$stamp_time" "$@" || stamped=1
+  return $stamped
 }
 
 # ---- one function for each record; w1 to w4 are the words of its header, the arguments its paths
@@ -209,7 +209,9 @@ do_file() {
   temp=${1%/*}/$mark
   if [ "$w4" = - ]; then store "$temp"; else mv -f "$stage/$w4" "$temp"; fi || { rm -f "$temp"; return 1; }
   [ "$w2" = - ] || chmod "$w2" "$temp"
-  put "$temp" "$1" && stamp - "$w3" "$1"
+  put "$temp" "$1" || return 1
+  stamp - "$w3" "$1"
+  return 0
 }
 
 # part SEEK NAME: the bytes go to the staged file NAME: make it (SEEK is +), to its end (-), or SEEK times 64
@@ -217,10 +219,10 @@ do_file() {
 # succeed.
 do_part() {
   umask 077
-  if [ "$w1" = + ]; then rm -f "$stage/$w2"; elif ! [ -f "$stage/$w2" ]; then skip; echo "its staging is gone"; return 1; fi
+  if [ "$w1" = + ]; then rm -f "$stage/$w2"; elif ! [ -f "$stage/$w2" ]; then skip; return 1; fi
   case $w1 in
     [+-]) store "$stage/$w2" && return ;;
-    *) take "$length" | dd ibs=65536 obs=65536 seek="$w1" conv=notrunc of="$stage/$w2" 2>/dev/null
+    *) take "$length" | dd ibs=65536 obs=65536 seek="$w1" conv=notrunc of="$stage/$w2"
        took=$?
        settle && [ "$took" = 0 ] && return ;;
   esac
@@ -259,7 +261,9 @@ do_dir() {
 do_link() {
   solid "$2" || return 2
   temp=${2%/*}/$mark
-  ln -s "${1%.}" "$temp" && put "$temp" "$2" && stamp - "$w1" "$2"
+  ln -s "${1%.}" "$temp" && put "$temp" "$2" || return 1
+  stamp - "$w1" "$2"
+  return 0
 }
 
 # meta MODE TIME: sets them, for paths that are there.
@@ -337,7 +341,9 @@ into() {
 do_hook() {
   rm -f "$stage/hook"
   store "$stage/hook" || return 1
-  (trap - 0 HUP INT TERM PIPE; umask 022; exec sh -c "$hook" <"$stage/hook") || { echo "exit status $?"; return 1; }
+  (trap - 0 HUP INT TERM PIPE; umask 022; exec sh -c "$hook" <"$stage/hook") && return
+  echo "it ended with status $?"
+  return 1
 }
 
 # clean: empties the replica, but for our staging. What is mounted in it stays.
@@ -446,14 +452,15 @@ main() {
   # faster.
   if [ "$1" != - ]; then
     # shellcheck disable=SC2016
-    lean='PATH=/nonexistent; dd </dev/null && [ "$(stat -c %s /)" ] && mv --help && command -v touch find rm tee wc'
+    lean='PATH=/nonexistent; dd </dev/null && [ "$(stat -c %s /)" ] && mv --help && command -v find rm tee wc'
     ! busybox sh -c "$lean" >/dev/null 2>&1 || exec busybox sh -c "$1" -
     ! command -v dash >/dev/null || exec dash -c "$1" -
     exec sh -c "$1" -
   fi
   nonce=$2 root=$3 flags=$4 hook=$5
   shift 5
-  stage=./.file_replicator.$nonce mark=.file_replicator.$nonce-new staged='' temp='' root_time='' touch='touch' tar='tar'
+  mark=.file_replicator.$nonce-new stage=./.file_replicator.$nonce staged='' temp='' root_time=''
+  touch='touch' tar='tar'
   exec 2>&1
   if [ -h "$root" ] || [ ! -d "$root" ]; then
     case $flags in *d*) echo; echo "$nonce ready"; echo "$nonce listed"; exit ;; esac
@@ -540,7 +547,9 @@ class Step(NamedTuple):
     verb: str                   # dir, file, link, meta, remove, rmdir, move
     path: str
     entry: Optional[Entry]      # what stands there afterwards; None for nothing
-    detail: str = ''            # move: from where; meta: 'm' the mode, 't' the time, 'mt' both
+    # move: from where; meta: 'm' the mode, 't' the time, 'mt' both; file: the bytes of the one that stood
+    # there; rmdir: '?' if what is in it is not known
+    detail: str = ''
 
 
 class Tree:
@@ -654,7 +663,8 @@ class Git:
 
     def __init__(self, top: str):
         self.top = os.path.abspath(top)
-        self.environment = {k: v for k, v in os.environ.items() if not k.startswith('GIT_') or k == 'GIT_CONFIG_GLOBAL'}
+        self.environment = {name: value for name, value in os.environ.items()
+                            if not name.startswith('GIT_') or name == 'GIT_CONFIG_GLOBAL'}
         self.environment['LC_ALL'] = 'C'
         self.throwaway: Optional[str] = None
         # the directories between here and the top of the work tree, which have rules too
@@ -712,7 +722,8 @@ class Git:
         only itself. ls-files also names directories that hold only ignored files, and are not ignored: so it
         is asked again."""
         self.close()                    # its index and rules are those of when it was started
-        out = self.run('ls-files', '--others', '--ignored', '--exclude-standard', '--directory', '-z').split(b'\0')[:-1]
+        out = self.run('ls-files', '-z', '--others', '--ignored', '--exclude-standard', '--directory')
+        out = out.split(b'\0')[:-1]
         directories = [path for path in out if path.endswith(b'/')]
         if directories:
             given = b'\0'.join(directories)
@@ -728,7 +739,8 @@ class Git:
             if self.asking is None:
                 self.asking = subprocess.Popen(
                     ['git', '-C', self.top, 'check-ignore', '-z', '--stdin', '--verbose', '--non-matching'],
-                    env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+                    env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL)
             for path in paths:
                 self.asking.stdin.write(os.fsencode(path) + b'\0')
                 self.asking.stdin.flush()
@@ -761,6 +773,7 @@ class LeftOut:
 
     def __init__(self, root: str, patterns: Sequence[str], ask_git: bool):
         self.root = root
+        self.never: Set[str] = set()        # left out whatever the rules: our own log file
         self.patterns = [(pattern, *pattern_regex(pattern)) for pattern in patterns]
         self.ask_git = ask_git
         self.git: Dict[str, Git] = {}       # the top of each work tree below the root: what knows it
@@ -788,7 +801,8 @@ class LeftOut:
     def check_git(self, path: str) -> None:
         """Raises Stop if there are rules at a path, and nothing here that could read them."""
         if not self.has_git:
-            raise Stop('%s is there, but git, which would read it, is not; install git, or use --no-gitignore' % shown(path))
+            raise Stop('%s is there, but git, which would read it, is not; install git, or use --no-gitignore'
+                       % shown(path))
 
     def enter(self, directory: str, names: Collection[str]) -> None:
         """Takes note of a directory's own repository. Raises Stop."""
@@ -802,7 +816,8 @@ class LeftOut:
 
     def __call__(self, path: str, is_directory: bool) -> bool:
         """Whether a path is left out, as far as git was last asked."""
-        return (path in self.ignored or self.ask_git and (path == '.git' or path.endswith('/.git'))
+        return (path in self.ignored or path in self.never
+                or self.ask_git and (path == '.git' or path.endswith('/.git'))
                 or bool(self.patterns) and self.excludes(path, is_directory))
 
     def ask(self, paths: List[str], gone: bool = False) -> None:
@@ -833,7 +848,8 @@ class LeftOut:
         for pattern in ['.git'] * self.ask_git + [pattern for pattern, _, _ in self.patterns]:
             name = pattern.rstrip('/')
             if '/' not in name and '\\' not in name and '**' not in name:
-                words += ['-type', 'd'] * pattern.endswith('/') + ['-name', name, '-prune', '-o']
+                kind = ['-type', 'd'] if pattern.endswith('/') else []
+                words += ['!', '-name', '.', *kind, '-name', name, '-prune', '-o']
         for path in sorted(self.ignored, key=len)[:100]:
             words += ['-path', './' + re.sub(r'([][*?\\])', r'\\\1', path), '-prune', '-o']
         return words
@@ -845,7 +861,7 @@ class LeftOut:
 
 # ==== 4. Look: what stands here, and where to look again ====================================================
 
-KINDS = {stat.S_IFREG: 'f', stat.S_IFDIR: 'd', stat.S_IFLNK: 'l'}      # all else is 's': a socket, a FIFO, a device
+KINDS = {stat.S_IFREG: 'f', stat.S_IFDIR: 'd', stat.S_IFLNK: 'l'}  # all else is 's': a socket, FIFO or device
 
 
 def entry_of(status: os.stat_result, full: str) -> Entry:
@@ -881,8 +897,7 @@ class Watch:
         except ImportError:
             self.why_not = 'inotify_simple is not installed; pip install inotify_simple, to react at once'
         except OSError as error:
-            self.why_not = ('inotify cannot be used: %s; on Linux, fs.inotify.max_user_instances may be too small'
-                            % error.strerror)
+            self.why_not = 'inotify cannot be used: %s; fs.inotify.max_user_instances may be too small' % error.strerror
 
     @property
     def fd(self) -> Optional[int]:
@@ -895,7 +910,8 @@ class Watch:
             return
         full = full or (self.root + '/' + path if path else self.root)
         try:
-            descriptor = self.inotify.add_watch(full, self.mask if path else self.mask & ~self.flags.DONT_FOLLOW)
+            follow = 0 if path else self.flags.DONT_FOLLOW      # the root may be a link
+            descriptor = self.inotify.add_watch(full, self.mask & ~follow)
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 self.give_up('there are more directories than inotify may watch (%d so far); raise '
@@ -979,7 +995,8 @@ class Source:
         elif path not in self.hints:
             now = time.monotonic()
             _, since, before = self.later.get(path, (0, now, 0))
-            self.later[path] = (min(now + delay, since + most) if most else now + delay, since, max(why, before))
+            when = min(now + delay, since + most) if most else now + delay
+            self.later[path] = when, since, max(why, before)
 
     def listen(self) -> None:
         """Turns what inotify says into hints."""
@@ -1045,12 +1062,14 @@ class Source:
         if self.git_is_asked and not self.rules_changed:
             self.git_is_asked = False
             return
-        self.rules_changed, self.git_is_asked, self.git_asked_ns = False, not self.git_asked_ns, time.time_ns()
+        self.rules_changed, self.git_is_asked = False, not self.git_asked_ns
+        self.git_asked_ns = time.time_ns()
         if self.left_out.refresh():
             self.forget_left_out()
             self.hints[''] = CONTENT
         for git in self.left_out.git.values():
-            for directory in (git.directory, os.path.join(git.directory, 'info'), *git.above) if git.directory else ():
+            own = [git.directory, os.path.join(git.directory, 'info'), *git.above] if git.directory else []
+            for directory in own:
                 self.watch.follow('\0' + directory, directory)
 
     def look(self) -> Dict[str, int]:
@@ -1079,9 +1098,8 @@ class Source:
         if hints.get('') == CONTENT:
             hints = {**dict.fromkeys(self.fresh, CONTENT), **hints}
             self.fresh.clear()
-        new = [path for path in hints if path and self.tree.get(path) is None and not self.left_out(path, False)
-               and self.tree.is_directory(parent(path))]
-        self.left_out.ask(new)
+        self.left_out.ask([path for path in hints if path and self.tree.get(path) is None
+                           and self.tree.is_directory(parent(path)) and not self.left_out(path, False)])
         gone = []
         for path in sorted(hints):
             if path and not self.tree.is_directory(parent(path)):
@@ -1089,7 +1107,8 @@ class Source:
             entry = self.entry_at(path)
             if entry is UNKNOWN:
                 continue
-            if (entry is None or path and self.left_out(path, entry.kind == 'd') or not self.admits(path, entry)):
+            if (entry is None or path and self.left_out(path, entry.kind == 'd')
+                    or not self.admits(path, entry)):
                 gone.append(path)
                 continue
             self.see(path, entry, hints[path], changed)
@@ -1134,12 +1153,17 @@ class Source:
         not there."""
         stack = [top]
         tick = 0
-        choosy = self.left_out.ask_git or bool(self.left_out.patterns)
+        choosy = self.left_out.ask_git or bool(self.left_out.patterns or self.left_out.never)
         while stack:
             directory = stack.pop()
             prefix = directory + '/' if directory else ''
             self.watch.follow(directory)
             try:
+                if self.watch.fd is not None:   # what came into it before it was watched changed its time
+                    entry = self.examine(directory, os.stat(self.full(directory)))
+                    if entry != self.tree.get(directory) and entry.kind == 'd':
+                        self.tree.put(directory, entry)
+                        changed.setdefault(directory, META)
                 with os.scandir(self.full(directory)) as listed:
                     found = {item.name: item for item in listed}
             except (FileNotFoundError, NotADirectoryError):
@@ -1170,7 +1194,8 @@ class Source:
                     self.report.problem(path, 'cannot be looked at: ' + error.strerror, 'look')
                     continue
                 before = names.get(name)
-                if (entry.kind == 's' or name.startswith('.file_replicator.')) and not self.admits(path, entry):
+                odd = entry.kind == 's' or name.startswith('.file_replicator.')
+                if odd and not self.admits(path, entry):
                     self.lose(path, changed)
                     continue
                 if before != entry:
@@ -1192,7 +1217,8 @@ class Source:
         are looked at with it."""
         entry = entry_of(status, self.full(path))
         if entry.kind == 'f':
-            if abs(self.now_ns - status.st_mtime_ns) < (50 * 10**6 if status.st_mtime_ns % 10**9 else 2 * 10**9):
+            tick_ns = 50 * 10**6 if status.st_mtime_ns % 10**9 else 2 * 10**9      # of a coarse file system
+            if abs(self.now_ns - status.st_mtime_ns) < tick_ns:
                 self.fresh.add(path)
             if status.st_nlink > 1:
                 self.twins.setdefault(entry.inode, set()).update((path, self.names.get(entry.inode, path)))
@@ -1219,7 +1245,8 @@ class Source:
     def forget_left_out(self) -> None:
         """Drops from the tree what is left out by now. It stays at the replica, untouched: see
         `forgotten`."""
-        for path in [path for path in self.tree.below('') if self.left_out(path, self.tree.is_directory(path))]:
+        below = list(self.tree.below(''))
+        for path in [path for path in below if self.left_out(path, self.tree.is_directory(path))]:
             self.lose(path, {})
             self.forgotten.append(path)
 
@@ -1235,8 +1262,8 @@ class Source:
         except OSError:
             there = False
         if not there:
-            self.report.problem('', 'is gone, or empty and not what it was: nothing is removed over there, and it is '
-                                'replicated again once it is back', 'root')
+            self.report.problem('', 'is gone, or empty and not what it was: nothing is removed over there, and '
+                                'it is replicated again once it is back', 'root')
             self.gone = True
             self.hint('', CONTENT, 1)
             return False
@@ -1333,9 +1360,12 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True) 
         was = remote.get(old) if old else None
         if (old and was is not None and was.kind == here.kind and not (path + '/').startswith(old + '/')
                 and (there is None or there.kind in 'fl' and here.kind != 'd')
-                and (here.kind == 'd' or (was.size, was.mtime_ns, was.target) == (here.size, here.mtime_ns, here.target)
-                     and CONTENT not in (hints.get(old), hints.get(path)))):
+                and (here.kind == 'd' or was.size == here.size and was.mtime_ns == here.mtime_ns
+                     and was.target == here.target and CONTENT not in (hints.get(old), hints.get(path)))):
             take('move', path, was, old)
+            for inode, below in movable.items():
+                if below.startswith(old + '/'):
+                    movable[inode] = path + below[len(old):]
             more = {*remote.below(path), *local.below(path)}
             for below in more:
                 paths[below] = max(paths.get(below, 0), LOOK, hints.get(old + below[len(path):], 0))
@@ -1357,7 +1387,7 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True) 
     for path in sorted(gone, reverse=True) if delete else ():
         there = remote.get(path)
         if there is not None:
-            take('remove' if there.kind in 'fl' else 'rmdir', path, None)
+            take('remove' if there.kind in 'fl' else 'rmdir', path, None, '?' if there is UNKNOWN else '')
     for path in files:
         there, here = remote.get(path), local.get(path)
         if here is None:
@@ -1366,7 +1396,8 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True) 
             take('rmdir', path, None)
             there = None
         if (there is None or there.kind != here.kind or there.target != here.target or there.size != here.size
-                or here.kind == 'f' and (paths[path] == CONTENT or not same_time(there.mtime_ns, here.mtime_ns)
+                or here.kind == 'f' and (paths[path] == CONTENT
+                                         or not same_time(there.mtime_ns, here.mtime_ns)
                                          and (paths[path] != META or there.mtime_ns is None))):
             take({'f': 'file', 'l': 'link'}[here.kind], path, here,
                  str(there.size) if there is not None and there.kind == here.kind == 'f' else '')
@@ -1392,6 +1423,7 @@ def believe(listed: Iterable[Tuple[str, Entry]], local: Tree, known: Optional[Tr
     what stands here, what an earlier connection knew of, and what `ours` says. Where it equals what stands
     here it is the same object, so that a later rename is known by the inode."""
     remote = Tree()
+    doubtful: Set[str] = set()          # directories that a step of ours may have made, with what it put there
     for path, entry in listed:
         above, _, name = path.rpartition('/')
         names = remote.folders.get(above)
@@ -1403,11 +1435,14 @@ def believe(listed: Iterable[Tuple[str, Entry]], local: Tree, known: Optional[Tr
                     and here.target == entry.target and same_time(entry.mtime_ns, here.mtime_ns)):
                 entry = here
         elif path:
-            before = known.get(path) if known else None
+            before = UNKNOWN if above in doubtful else known.get(path) if known else None
+            if before is UNKNOWN:
+                doubtful.add(path)
             if before is None and not ours(path, entry):
                 continue
             if before is not None and before.kind == entry.kind and (
-                    entry.kind == 'd' or before.size == entry.size and same_time(entry.mtime_ns, before.mtime_ns)):
+                    entry.kind == 'd'
+                    or before.size == entry.size and same_time(entry.mtime_ns, before.mtime_ns)):
                 entry = before
         if not path:
             remote.root = entry
@@ -1462,17 +1497,18 @@ def archive(members: Iterable[Member]) -> bytes:
         if fraction:                    # the line begins with its own length, which always has two digits
             line = b' mtime=%d.%09d\n' % (seconds, fraction)
             out += tar_header(b'x', b'pax', len(line) + 2), in_blocks(b'%d%s' % (len(line) + 2, line))
-        header = tar_header.__wrapped__(TAR_KINDS[entry.kind], name[:100], len(data), entry.mode, seconds, target[:100])
-        out += header, in_blocks(data)
+        what = TAR_KINDS[entry.kind], name[:100], len(data), entry.mode, seconds, target[:100]
+        out += tar_header(*what), in_blocks(data)
     return b''.join(out) + bytes(1024)
 
 
-@functools.lru_cache(maxsize=16)
-def tar_header(kind: bytes, name: bytes, size: int, mode: int = 0o644, mtime: int = 0, target: bytes = b'') -> bytes:
+@functools.lru_cache(maxsize=16)        # PAX headers are all alike
+def tar_header(kind: bytes, name: bytes, size: int, mode: int = 0o644, mtime: int = 0,
+               target: bytes = b'') -> bytes:
     middle = b'%07o\0000000000\0000000000\0%011o\0%011o\0' % (mode, size, mtime)
-    # eight blanks in its own place, and the last field
-    check = sum(name) + sum(middle) + sum(kind) + sum(target) + 879
-    return b'%s%s%06o\0 %s%sustar  \0%s' % (name.ljust(100, b'\0'), middle, check, kind, target.ljust(100, b'\0'), bytes(247))
+    check = sum(name) + sum(middle) + sum(kind) + sum(target) + 879     # eight blanks in its place, the last field
+    return b''.join((name.ljust(100, b'\0'), middle, b'%06o\0 ' % check, kind, target.ljust(100, b'\0'),
+                     b'ustar  \0', bytes(247)))
 
 
 def in_blocks(data: bytes) -> bytes:
@@ -1537,8 +1573,12 @@ WHAT_IT_MAY_MEAN = {
     126: 'a command could not be run: it is not executable, or not there in the container',
     125: 'docker itself refused: is the container running, its name right, the engine reachable?',
     255: 'ssh could not connect or log in',
-    0: 'it ended by itself: it is no shell, or has nothing on its standard input (docker exec and kubectl exec need -i)',
+    0: 'it ended by itself: it is no shell, or has no standard input, which docker and kubectl give with -i',
 }
+
+
+# What dd and tar say though all is well.
+CHATTER = r'\d+\+\d+ records |\d+ bytes .*copied|.*: (time stamp|implausibly old) '
 
 
 class Connection:
@@ -1568,8 +1608,8 @@ class Connection:
                                             stderr=subprocess.PIPE, start_new_session=not has_terminal())
         except OSError as error:
             raise Lost('cannot run %s: %s' % (shown(command[0]), error.strerror))
-        self.stdin, self.stdout, self.stderr = (f.fileno() for f in
-                                                (self.process.stdin, self.process.stdout, self.process.stderr))
+        files = self.process.stdin, self.process.stdout, self.process.stderr
+        self.stdin, self.stdout, self.stderr = (file.fileno() for file in files)
         for fd in (self.stdin, self.stdout, self.stderr):
             os.set_blocking(fd, False)
         for fd in (self.stdin, self.stdout):
@@ -1587,7 +1627,8 @@ class Connection:
     def write(self, data: bytes) -> None:
         self.out.append(memoryview(data))
 
-    def send(self, verb: str, words: Sequence[str] = (), paths: Sequence[bytes] = (), payload: Sequence[bytes] = (),
+    def send(self, verb: str, words: Sequence[str] = (), paths: Sequence[bytes] = (),
+             payload: Sequence[bytes] = (),
              done: Callable[[int, str, List[str]], None] = lambda code, said, values: None) -> None:
         self.number += 1
         length = sum(map(len, payload))
@@ -1691,7 +1732,7 @@ class Connection:
             at = (b'\n' + self.heard).find(b'\n' + ready)
             if at < 0 or len(self.heard) < at + len(ready) + 1:
                 self.hear_stop()
-                if self.text[-200:] in self.heard.replace(b'\r\n', b'\n'):
+                if b'exec sh -c "$R" "$R"' in self.heard:
                     raise Lost('what answers is no shell: it gives back what it is sent')
                 return
             if self.heard[at + len(ready)] != 10:
@@ -1725,19 +1766,22 @@ class Connection:
             self.hear_line(bytes(self.heard[at:]).split(b'\n')[0])
 
     def hear_line(self, line: bytes) -> None:
-        at = line.find(self.nonce.encode())
-        if at < 0:
-            if line and not re.match(rb'\d+\+\d+ records |\d+ bytes .*copied|.*: (time stamp|implausibly old) ', line):
-                self.said.append(shown(line.decode(errors='surrogateescape')))
+        text = line.decode(errors='surrogateescape')
+        found = re.search(self.nonce + r' (?:(\d+) ([012])|\+ (.*)|stop (.*))$', text)
+        other = text[:found.start()] if found else text     # before an answer: somebody's line that did not end
+        if other and not re.match(CHATTER, other):
+            # The reason is for people: without the shell's name, its line, and the names we gave to temporary
+            # files.
+            reason = re.sub(r'^[^ ]*: (line )?\d+: ', '', other)
+            self.said.append(shown(reason.rpartition(self.nonce)[2].partition(': ')[2] or reason))
+        if not found:
             return
-        if at > 0:                      # somebody else's line that did not end
-            self.said.append(shown(line[:at].decode(errors='surrogateescape')))
-        words = line[at:].decode('ascii', 'replace').split()[1:]
-        if words[:1] == ['+']:
-            self.values.append(' '.join(words[1:]))
-        elif words[:1] == ['stop']:
-            raise Lost(' '.join(words[1:]) + self.what_was_said())
-        elif len(words) == 2 and self.flight and words[0] == str(self.flight[0].number):
+        number, code, value, why = found.groups()
+        if value is not None:
+            self.values.append(value)
+        elif why is not None:
+            raise Lost(why + self.what_was_said())
+        elif self.flight and number == str(self.flight[0].number):
             sent = self.flight.popleft()
             self.bytes_in_flight -= sent.size
             took = time.monotonic() - sent.when
@@ -1745,10 +1789,10 @@ class Connection:
                 self.window = max(BLOCK * 4, self.window * 3 // 4) if took > 0.5 else \
                     min(WINDOW_BYTES * 4, self.window * 5 // 4) if took < 0.2 else self.window
             said, self.said, values, self.values = self.said, [], self.values, []
-            self.report.debug('answer', *words, *said)
-            sent.done(int(words[1]), '; '.join(said), values)
+            self.report.debug('answer', number, code, *said)
+            sent.done(int(code), '; '.join(said), values)
         else:
-            raise Lost('the far side answers what nobody asked: %s' % shown(line.decode(errors='replace')))
+            raise Lost('the far side answers what nobody asked: %s' % shown(text))
 
     def entries(self) -> Iterator[Tuple[str, Entry, int]]:
         """What the far side listed: path, entry, number of the file system. What cannot be read is sent
@@ -1785,7 +1829,8 @@ class Connection:
                 for each in lines:
                     value, _, path = each.partition('  ')
                     if value.startswith('\\'):         # GNU's way to show a name with a newline or backslash
-                        value, path = value[1:], re.sub(r'\\(.)', lambda m: '\n' if m[1] == 'n' else m[1], path)
+                        value = value[1:]
+                        path = re.sub(r'\\(.)', lambda m: '\n' if m[1] == 'n' else m[1], path)
                     found[path[2:]] = value
                 return tool, found
         return '-', {}
@@ -1803,7 +1848,11 @@ class Connection:
         if self.stderr >= 0:
             self.hear_complaints()
         if self.phase == 'starting':
-            self.said = self.heard.decode(errors='replace').splitlines()
+            try:
+                self.heard += os.read(self.stdout, PIPE_BYTES)
+            except OSError:
+                pass
+            self.said = [shown(line) for line in self.heard.decode(errors='replace').splitlines()]
         said = self.what_was_said()
         if status is None:
             return 'the connection command closed its output' + said
@@ -1869,9 +1918,10 @@ class Report:
         self.colour = self.terminal and 'NO_COLOR' not in os.environ
         self.files = self.bytes = self.files_done = self.bytes_done = 0
         self.since = self.drawn = 0.0
+        self.muted = False
         if options.log_file:
             try:
-                self.log = open(options.log_file, 'a', encoding='utf-8', errors='backslashreplace', buffering=1)
+                self.log = open(options.log_file, 'a', 1, encoding='utf-8', errors='backslashreplace')
             except OSError as error:
                 raise Stop('cannot write the log file %s: %s' % (shown(options.log_file), error.strerror))
 
@@ -1890,11 +1940,17 @@ class Report:
         """Raises BrokenPipeError where nobody reads any more."""
         lines, self.lines = self.lines, []
         self.write_log(lines)
-        if lines and not self.options.quiet:
+        if lines and not self.options.quiet and not self.muted:
             self.erase()
-            sys.stdout.buffer.write(''.join(line + '\n' for line in lines).encode(
-                sys.stdout.encoding or 'ascii', 'backslashreplace'))
-            sys.stdout.flush()
+            try:
+                sys.stdout.buffer.write(''.join(line + '\n' for line in lines).encode(
+                    sys.stdout.encoding or 'ascii', 'backslashreplace'))
+                sys.stdout.flush()
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                self.muted = True
+                self.warn('cannot write to standard output: %s; going on without' % error.strerror)
 
     def write_log(self, lines: Iterable[str]) -> None:
         if self.log:
@@ -1952,7 +2008,8 @@ class Report:
         if self.files and now - self.since > 1 and now - self.drawn > 0.1:
             rate = self.bytes_done / (now - self.since)
             left = max(0, self.bytes - self.bytes_done) / rate if rate else 0
-            self.to_stderr('\r{:,} of {:,} paths, {:.1f} of {:.1f} MB, {:.1f} MB/s, {:.0f} s left\033[K'.format(
+            words = '\r{:,} of {:,} paths, {:.1f} of {:.1f} MB, {:.1f} MB/s, {:.0f} s left\033[K'
+            self.to_stderr(words.format(
                 self.files_done, self.files, self.bytes_done / 1e6, self.bytes / 1e6, rate / 1e6, left))
             self.drawn = now
 
@@ -1985,18 +2042,23 @@ class Hooks:
             threading.Thread(target=self.work, daemon=True).start()
 
     def work(self) -> None:
+        import tempfile
         while True:
             paths = self.queue.get()
-            try:
-                self.process = subprocess.Popen(self.command, shell=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                                stderr=subprocess.STDOUT, start_new_session=True)
-                said, _ = self.process.communicate(paths)
-                for line in said.decode(errors='replace').splitlines():
-                    self.report.warn('hook: %s' % shown(line))
-                if self.process.returncode:
-                    self.report.warn('the hook ended with status %d' % self.process.returncode)
-            except OSError as error:
-                self.report.warn('the hook cannot be run: %s' % error.strerror)
+            with tempfile.TemporaryFile() as out:       # not a pipe: what the hook leaves running may hold it
+                try:
+                    self.process = subprocess.Popen(self.command, shell=True, stdin=subprocess.PIPE,
+                                                    stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+                    with contextlib.suppress(BrokenPipeError), self.process.stdin as names:
+                        names.write(paths)
+                    status = self.process.wait()
+                    out.seek(0)
+                    for line in out.read().decode(errors='replace').splitlines():
+                        self.report.warn('hook: ' + shown(line))
+                    if status:
+                        self.report.warn('the hook ended with status %d' % status)
+                except OSError as error:
+                    self.report.warn('the hook cannot be run: %s' % error.strerror)
             self.process = None
             self.queue.task_done()
 
@@ -2018,8 +2080,10 @@ class Job:
         self.parts: Iterator[bool] = iter(())       # each sends a part (True), or waits for an answer (False)
 
 
-VERBS = {'dir': ('make', 'made'), 'file': ('send', 'sent'), 'link': ('link', 'linked'), 'meta': ('update', 'updated'),
-         'remove': ('remove', 'removed'), 'rmdir': ('remove', 'removed'), 'move': ('rename', 'renamed')}
+NEW = 'dir', 'file', 'link'
+VERBS = {'dir': ('make', 'made'), 'file': ('send', 'sent'), 'link': ('link', 'linked'),
+         'meta': ('update', 'updated'), 'remove': ('remove', 'removed'), 'rmdir': ('remove', 'removed'),
+         'move': ('rename', 'renamed')}
 
 
 class Replica:
@@ -2052,6 +2116,7 @@ class Replica:
         self.begun = self.announced = self.is_staged = False
         self.flying: Dict[int, List[Step]] = {}     # on their way
         self.failed_until = 0           # the last record sent when one failed: it may fail for that
+        self.reasons: Dict[str, str] = {}           # why a part of a large file could not be staged
         self.drifts = 0                 # in a row, without coming into step
         self.last_sent: Dict[str, float] = {}
 
@@ -2059,7 +2124,8 @@ class Replica:
 
     def meet(self, far: Connection) -> None:
         """Looks at what stands here while the far side starts; then compares."""
-        changed = self.source.look() if self.source.hints.get('') == CONTENT or self.source.watch.fd is None else {}
+        everything = self.source.hints.get('') == CONTENT or self.source.watch.fd is None
+        changed = self.source.look() if everything else {}
         while far.phase != 'live':
             far.turn(None, self.source.watch.fd)
             self.source.listen()
@@ -2074,9 +2140,10 @@ class Replica:
             changed[path] = max(why, changed.get(path, 0))
         self.mounts.clear()
         self.remote = believe(self.listed(far), source.tree, self.known, self.is_ours)
-        del far.listing[:]
         if far.can:
             self.probed([far.can])
+        elif self.overlaps() and not options.dry_run:
+            self.probe()                # before anything is touched
         first, self.known = not self.begun, None
         hints = {path: why for path, why in changed.items() if why == CONTENT}
         if first and not options.initial:
@@ -2086,14 +2153,20 @@ class Replica:
             if not options.dry_run:
                 self.probe()
                 self.wait_for('clean')
+            else:
+                empty = Tree()
+                for step in plan(self.remote, empty, dict.fromkeys(self.remote.below(''), LOOK)):
+                    self.report.line('would %s' % self.words_for(step, False))
             self.remote = Tree()
             self.remote.root = source.tree.root
         if not (first and not options.initial):
             self.compare(hints)
+        del far.listing[:]
         self.begun = True
         if options.dry_run:
             for step in plan(self.remote, source.tree, hints, not options.no_delete):
                 self.report.line('would %s' % self.words_for(step, False))
+                self.announced = True
             return
         if options.watch:
             self.probe()                # now, rather than before the first edit
@@ -2103,6 +2176,8 @@ class Replica:
         """What the far side listed; takes note of what is mounted in it."""
         root_device = None
         for path, entry, device in far.entries():
+            if path == far.staging or path.startswith(far.staging + '/'):
+                continue
             if device != root_device:
                 if root_device is None:
                     root_device = device
@@ -2113,10 +2188,18 @@ class Replica:
     def is_ours(self, path: str, entry: Entry) -> bool:
         """Whether something over there that is not here may be removed."""
         name = path.rpartition('/')[2]
+        if self.options.dry_run and self.options.clean_out:
+            return True
         if self.options.mirror:
             self.source.left_out.ask([path], gone=True)
-        return (entry.kind != 'd' and bool(STAGING.fullmatch(name)) or self.options.mirror and path not in self.mounts
-                and not any(path.startswith(mount + '/') for mount in self.mounts) and not self.source.left_out.within(path))
+        return (entry.kind != 'd' and bool(STAGING.fullmatch(name))
+                or self.options.mirror and path not in self.mounts and not self.is_mounted(path)
+                and not self.source.left_out.within(path))
+
+    def is_mounted(self, path: str) -> bool:
+        """Whether a path is on another file system than the replica's root: nothing is renamed to there from
+        the staging."""
+        return bool(self.mounts) and any(path.startswith(mount + '/') for mount in self.mounts)
 
     def compare(self, hints: Dict[str, int]) -> None:
         """Adds a hint for each path that differs. RACE: a file changed within the same tick as we looked may
@@ -2131,7 +2214,7 @@ class Replica:
             theirs = remote.folders.get(directory, {})
             for name, here in names.items():
                 there, path = theirs.get(name), prefix + name
-                if sums and here.kind == 'f' and there is not None and there.kind == 'f' and there.size == here.size:
+                if sums and there is not None and here.kind == there.kind == 'f' and here.size == there.size:
                     same = path in sums and sums[path] == self.sum_here(tool, path)
                     hints[path] = META if same else CONTENT
                 elif there is not here or path in fresh:
@@ -2162,7 +2245,8 @@ class Replica:
         if self.known is None:
             self.known = self.remote
         sent = [step.path for steps in self.flying.values() for step in steps if step.verb == 'file']
-        for path in [*sent, *self.jobs, *self.staged, *(path for path, why in self.waiting.items() if why == CONTENT)]:
+        changed = [path for path, why in self.waiting.items() if why == CONTENT]
+        for path in [*sent, *self.jobs, *self.staged, *changed]:
             self.source.hint(path, CONTENT)
         for state in (self.waiting, self.jobs, self.staged, self.alone, self.backlog, self.flying):
             state.clear()
@@ -2210,11 +2294,15 @@ class Replica:
         if root is not None:
             self.remote.root = root._replace(mtime_ns=None)
         here, there = os.path.realpath(self.source.root), os.path.realpath(self.options.destination)
-        overlap = (there + '/').startswith(here + '/') or (here + '/').startswith(there + '/')
         if (os.path.lexists(os.path.join(here, self.far.staging))
-                or overlap and os.path.lexists(os.path.join(there, self.far.staging))):
-            raise Stop('the replica %s and its source %s are the same or one is inside the other: choose another '
-                       'destination' % (shown(self.options.destination), shown(self.source.root)))
+                or self.overlaps() and os.path.lexists(os.path.join(there, self.far.staging))):
+            raise Stop('the replica %s and its source %s are the same or one is inside the other: choose '
+                       'another destination' % (shown(self.options.destination), shown(self.source.root)))
+
+    def overlaps(self) -> bool:
+        """Whether, were the far side this computer, the replica and the source would be in each other."""
+        here, there = (os.path.realpath(path) + '/' for path in (self.source.root, self.options.destination))
+        return here.startswith(there) or there.startswith(here)
 
     # ---- sending
 
@@ -2235,6 +2323,7 @@ class Replica:
             changed[path] = max(changed[path], self.waiting.pop(path, 0))
         entries = {path: local.get(path) for path in changed}
         size = sum(here.size for here in entries.values() if here is not None and here.size <= BULK_BYTES)
+        self.report.expect(entries.values())
         if len(changed) > BULK_PATHS or size > BULK_BYTES * 4:
             first = {path: why for path, why in changed.items() if entries[path] is None}
             movable = {remote.get(below).inode for path in first if remote.get(path) is not None
@@ -2243,7 +2332,6 @@ class Replica:
                 if here is not None and here.inode in movable and remote.get(path) is None:
                     first[path] = changed[path]
             rest = {path: changed[path] for path in sorted(changed) if path not in first}
-            self.report.expect(entries.values())
             self.waiting.update(rest)
             self.backlog.extend(rest)
             changed = first
@@ -2254,7 +2342,7 @@ class Replica:
             if path in hints and self.source.tree.get(path) is not None:
                 # when the job is done it looks again
                 self.source.hint(path, hints.pop(path), QUIET_SECONDS)
-            elif any(path == gone or path.startswith(gone + '/') for gone in hints if self.source.tree.get(gone) is None):
+            elif self.source.tree.get(path) is None:
                 self.cancel(path)
         steps = plan(self.remote, self.source.tree, hints, not self.options.no_delete)
         if not steps:
@@ -2262,9 +2350,9 @@ class Replica:
         self.probe()
         self.announced = False
         self.settled.clear()
-        for verb, run in itertools.groupby(steps, lambda step: {'file': 'dir', 'link': 'dir'}.get(step.verb, step.verb)):
+        for verb, run in itertools.groupby(steps, lambda step: 'new' if step.verb in NEW else step.verb):
             group = list(run)
-            if verb == 'dir':
+            if verb == 'new':
                 self.send_entries(group)
             elif verb == 'meta':
                 self.send_metas(group)
@@ -2291,7 +2379,8 @@ class Replica:
         when = time.monotonic()
         self.flying[id(steps)] = steps
         number = self.far.number + 1
-        self.far.send(verb, words, paths, payload, lambda code, said, _: self.answered(number, steps, when, code, said))
+        self.far.send(verb, words, paths, payload,
+                      lambda code, said, _: self.answered(number, steps, when, code, said))
 
     def send_metas(self, steps: List[Step]) -> None:
         """Times many at once where they are the same; modes one by one and after them, the deepest first,
@@ -2355,7 +2444,8 @@ class Replica:
         else:
             self.settled.pop(parent(step.path), None)
             target = os.fsencode(step.entry.target).replace(b'\n', b'/\n') + b'.'
-            self.post('link', (seconds_of(step.entry.mtime_ns or 0, self.can[1] == 'fine'),), [target, wire(step.path)], [step])
+            when = seconds_of(step.entry.mtime_ns or 0, self.can[1] == 'fine')
+            self.post('link', (when,), [target, wire(step.path)], [step])
 
     def send_file(self, step: Step, data: bytes, name: str) -> None:
         self.settled.pop(parent(step.path), None)
@@ -2400,7 +2490,8 @@ class Replica:
             kind, payload = 'tar', [archive(members)]
         self.post('bulk', (kind,), [wire(path) for path in numbers], [step for step, _ in batch], payload)
         if self.can[0] == 'tar':        # busybox's, which sets the times of files only
-            self.send_metas([step._replace(verb='meta', detail='t') for step, _ in batch if step.verb == 'link'])
+            links = [step for step, _ in batch if step.verb == 'link']
+            self.send_metas([step._replace(verb='meta', detail='t') for step in links])
 
     def read(self, step: Step) -> Optional[Tuple[Step, bytes]]:
         """The bytes of a small file, as they were at one moment, and the step with the size and time of that
@@ -2420,7 +2511,7 @@ class Replica:
                     return None
                 data = os.pread(fd, before.st_size + 1, 0)
                 after = os.fstat(fd)
-                if len(data) == before.st_size and (before.st_mtime_ns, before.st_size) == (after.st_mtime_ns, after.st_size):
+                if len(data) == before.st_size == after.st_size and before.st_mtime_ns == after.st_mtime_ns:
                     break
             # it never stands still: this is as good as any, and it will be sent again
             else:
@@ -2474,8 +2565,8 @@ class Replica:
         answers: List[Tuple[int, str, List[str]]] = []
 
         def done(code: int, said: str, values: List[str]) -> None:
-            if code:
-                job.failed = said or 'it could not be written there'
+            if code and not job.failed:
+                job.failed = self.reasons[path] = said or 'it could not be written there'
 
         try:
             fd = os.open(self.source.full(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -2572,21 +2663,27 @@ class Replica:
         self.flying.pop(id(steps), None)
         if code == 0:
             took = (time.monotonic() - when) * 1000
-            if said:
-                self.report.warn('%s: the far side says: %s' % (shown(steps[0].path), said))
             for step in steps:
                 self.confirm(step, took)
             self.report.flush()
+            if said and len(steps) == 1 and steps[0].verb in ('file', 'link'):
+                self.refused(steps[0], said)
+            elif said:
+                self.report.warn('%s: the far side says: %s' % (shown(steps[0].path), said))
             return
         for step in steps:
             if step.verb in ('remove', 'rmdir'):
                 if (step.verb == 'rmdir' and len(steps) == 1 and 'not empty' in said.lower()
                         and not self.remote.folders.get(step.path)):
-                    self.report.notice(step.path, 'stays over there: it holds something that was not replicated')
+                    if step.detail == '?' and self.drifts < 3:
+                        self.still_there(step.path)
+                        self.drifts += 1
+                        raise Drifted('%s is not empty' % shown(step.path))
+                    self.report.notice(step.path, 'stays over there: it holds what was not replicated')
                     self.alone.discard(step.path)
                     return
                 self.still_there(step.path)
-            else:
+            elif step.verb != 'meta':
                 self.remote.put(step.path, UNKNOWN)
             if step.verb == 'move':
                 self.still_there(step.detail)
@@ -2596,6 +2693,8 @@ class Replica:
                 self.again(step.path)
             elif step.verb == 'move':
                 self.again(step.path)
+            elif step.verb == 'meta' and code == 1:
+                self.refused(step, said)
             else:
                 self.failed(step.path, said or 'it could not be done over there')
         if code == 1:
@@ -2616,17 +2715,30 @@ class Replica:
         if self.remote.get(path) is None:
             self.remote.put(path, UNKNOWN)
 
-    def again(self, path: str, delay: float = 0) -> None:
+    def again(self, path: str, delay: float = 0, hint: int = CONTENT) -> None:
         """Has a path compared and sent again, a directory without all that is in it."""
-        self.source.hint(path, LOOK if self.source.tree.is_directory(path) else CONTENT, delay)
+        self.source.hint(path, LOOK if self.source.tree.is_directory(path) else hint, delay)
 
-    def failed(self, path: str, why: str) -> None:
+    def failed(self, path: str, why: str, hint: int = CONTENT) -> None:
         """Says why a path could not be replicated, once, and has it tried again while there is somebody to
         see it."""
-        self.report.problem(path, why, 'send')
+        self.report.problem(path, self.reasons.pop(path, why), 'send')
         tries = self.tries[path] = self.tries.get(path, -1) + 1
         if self.options.watch:
-            self.again(path, min(RETRY_MOST_SECONDS, RETRY_SECONDS * 2 ** min(tries, 9)))
+            self.again(path, min(RETRY_MOST_SECONDS, RETRY_SECONDS * 2 ** min(tries, 9)), hint)
+
+    def refused(self, step: Step, why: str) -> None:
+        """Of a step that left a mode or time as it was: it is not believed, and tried again. A directory's
+        time alone, which only its owner may set, is not worth that: it is set when something changes in it
+        again."""
+        path, entry = step.path, step.entry._replace(mode=-1, mtime_ns=0)
+        if step.verb == 'meta' and step.detail == 't' and entry.kind == 'd':
+            self.remote.put(path, step.entry._replace(mtime_ns=None))
+            self.report.notice(path, 'its time could not be set: ' + why)
+            return
+        if (self.remote.get(path) or UNKNOWN).kind == entry.kind:
+            self.remote.put(path, entry)
+        self.failed(path, 'its mode or time could not be set: ' + why, META)
 
     def confirm(self, step: Step, took_ms: float) -> None:
         path = step.path
@@ -2664,7 +2776,8 @@ class Replica:
     def is_idle(self, sent_is_enough: bool = False) -> bool:
         """Whether nothing is waiting, but what failed and is tried again later; nor on its way, unless sent
         is enough."""
-        return not (self.source.hints or self.waiting or self.jobs or not sent_is_enough and (self.far.flight or self.far.out)
+        on_its_way = self.far.flight or self.far.out
+        return not (self.source.hints or self.waiting or self.jobs or on_its_way and not sent_is_enough
                     or any(path not in self.tries for path in self.source.later))
 
 
@@ -2679,6 +2792,10 @@ def replicate(options: Options) -> int:
     exit status; raises Stop where it cannot go on."""
     report = Report(options)
     left_out = LeftOut(options.source, options.excludes, options.gitignore)
+    log_file = os.path.relpath(os.path.realpath(options.log_file), os.path.realpath(options.source))
+    if options.log_file and not log_file.startswith('../'):
+        left_out.never.add(log_file)
+        report.notice(log_file, 'is left out: it is our log file')
     watch = Watch(options.source, options.watch and not options.poll)
     source = Source(options.source, left_out, watch, report)
     replica = Replica(options, source, report)
@@ -2699,6 +2816,9 @@ def replicate(options: Options) -> int:
             except Lost as why:
                 replica.lost()
                 retry.wait(why, source)
+            except Stop as why:
+                report.write_log(['file_replicator: %s' % why])
+                raise
             finally:
                 source.meanwhile = source.listen
                 if far:
@@ -2712,16 +2832,17 @@ def replicate(options: Options) -> int:
 def keep_in_step(options: Options, source: Source, replica: Replica, hooks: Hooks, report: Report) -> None:
     """Sends what is hinted at before the backlog, and says when everything is confirmed. Returns when that is
     all."""
-    next_look = time.monotonic() + (options.poll or POLL_SECONDS)
+    poll_seconds = options.poll or POLL_SECONDS
+    next_look = time.monotonic() + poll_seconds
     while True:
         now = time.monotonic()
         wait = source.due(now)
         if options.watch and source.watch.fd is None:
             if source.watch.why_not:
-                report.notice('', 'is looked at every %g seconds: %s' % (options.poll or POLL_SECONDS, source.watch.why_not))
+                report.notice('', 'is looked at every %g seconds: %s' % (poll_seconds, source.watch.why_not))
             if now >= next_look:
                 source.hint('', CONTENT)
-                next_look = now + (options.poll or POLL_SECONDS)
+                next_look = now + poll_seconds
             wait = min(next_look - now, wait if wait is not None else 1e9)
         if source.hints or source.rules_changed:
             replica.take_in(source.look())
@@ -2739,6 +2860,7 @@ def keep_in_step(options: Options, source: Source, replica: Replica, hooks: Hook
                 replica.far.at_rest = True
                 return
         replica.far.turn(0 if busy or source.hints else wait, source.watch.fd)
+        report.moved(0)
         source.listen()
 
 
@@ -2767,7 +2889,8 @@ class Retry:
         if 'staging was taken' in str(why):
             self.taken = [when for when in self.taken if now - when < 60] + [now]
             if len(self.taken) > 2:
-                raise Stop('another file_replicator replicates to %s: end one of them' % shown(self.options.destination))
+                raise Stop('another file_replicator replicates to %s: end one of them'
+                           % shown(self.options.destination))
         if self.ever and now - self.since > 5:
             self.delay = 0.0
         if isinstance(why, Drifted):
@@ -2791,13 +2914,13 @@ class Retry:
 def program(options: Options, find_words: Sequence[str]) -> Callable[[str], str]:
     """What to send, given the nonce: the receiver as it stands, and one call of it."""
     may = 'g' * (options.mirror or options.clean_out) + 'c' * options.checksum + 'd' * options.dry_run
-    return lambda nonce: '%s\nmain "$0" %s\n' % (RECEIVER, ' '.join(
-        shlex.quote(word) for word in (nonce, options.destination, may + '-', options.remote_hook, *find_words)))
+    words = options.destination, may + '-', options.remote_hook, *find_words
+    return lambda nonce: '%s\nmain "$0" %s\n' % (RECEIVER, ' '.join(map(shlex.quote, (nonce, *words))))
 
 
 DESCRIPTION = '''\
-Makes DEST_PARENT_DIR/basename(SRC_DIR) on the far side of CONNECTION_COMMAND the same as SRC_DIR, and keeps it so.
-CONNECTION_COMMAND is anything whose standard input reaches a POSIX shell. Nothing is installed over there.'''
+Makes DEST_PARENT_DIR/basename(SRC_DIR) on the far side of CONNECTION_COMMAND the same as SRC_DIR, and keeps
+it so. CONNECTION_COMMAND is anything whose standard input reaches a POSIX shell; nothing is installed there.'''
 
 EXAMPLES = '''\
 examples:
@@ -2808,7 +2931,8 @@ examples:
   on this machine:          file_replicator.py app /tmp/copies bash
   once, exactly the same:   file_replicator.py --mirror --no-replicate-on-change app /srv ssh host bash
 
-exit status: 0 in step, or stopped as asked; 1 something could not be replicated, or gave up; 2 the command line is wrong'''
+exit status: 0 in step, or stopped as asked; 1 something could not be replicated, or gave up;
+  2 the command line is wrong'''
 
 
 def positive_seconds(text: str) -> float:
@@ -2833,53 +2957,60 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='file_replicator.py', description=DESCRIPTION, epilog=EXAMPLES, add_help=False, allow_abbrev=False,
         usage='file_replicator.py [OPTIONS] SRC_DIR DEST_PARENT_DIR CONNECTION_COMMAND...',
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110))
-    what = parser.add_argument_group('what is replicated')
-    what.add_argument('--gitignore', action='store_true', default=True, help='leave out what git ignores, and .git (default)')
-    what.add_argument('--no-gitignore', dest='gitignore', action='store_false', help='leave out nothing that git ignores')
-    what.add_argument('--exclude', dest='excludes', metavar='PATTERN', action='append', default=[], type=exclude_pattern,
-                      help='leave out, and never touch there: NAME at any depth, /PATH from SRC_DIR, DIR/ only '
-                           'directories; * ? [] within a name, ** across (repeatable)')
-    what.add_argument('--clean-out-first', dest='clean_out', action='store_true', help='empty the replica first, dot-files too (default: no)')
-    what.add_argument('--mirror', action='store_true', help='also remove what is there and not here (default: no)')
-    what.add_argument('--no-delete', action='store_true', help='remove nothing there (default: what goes here goes there)')
-    what.add_argument('--checksum', action='store_true', help='compare contents, not size and time, when connecting (default: no)')
-    what.add_argument('--dry-run', action='store_true', help='connect, compare, print what would be done, change nothing')
-    when = parser.add_argument_group('when')
-    when.add_argument('--with-initial-replication', dest='initial', action='store_true', default=True,
-                      help='send what differs at the start (default)')
-    when.add_argument('--no-initial-replication', dest='initial', action='store_false', help='send only what changes later')
-    when.add_argument('--replicate-on-change', dest='watch', action='store_true', default=True,
-                      help='watch, and send each change (default)')
-    when.add_argument('--no-replicate-on-change', dest='watch', action='store_false', help='end when all is replicated')
-    when.add_argument('--poll', metavar='SECONDS', type=positive_seconds, default=0,
-                      help='look at everything at this interval instead of using inotify (default: inotify)')
-    when.add_argument('--update-interval', metavar='SECONDS', type=positive_seconds, default=0,
-                      help='send a file that keeps changing at most this often (default: each change)')
-    when.add_argument('--wait', action='store_true', help='keep trying until the far side is up (default: only once it was)')
-    after = parser.add_argument_group('after something was replicated')
-    after.add_argument('--hook', metavar='COMMAND', default='',
-                       help='run this here, through the shell; the paths on its standard input, NUL-separated')
-    after.add_argument('--remote-hook', metavar='COMMAND', default='', help='the same over there, in the replica')
-    words = parser.add_argument_group('words')
-    words.add_argument('--quiet', action='store_true', help='only warnings and errors')
-    words.add_argument('--log-file', metavar='PATH', default='', help='append all lines, with the time, to this file')
-    words.add_argument('--debugging', action='store_true', help='show events, steps and records')
-    words.add_argument('--receiver', action='store_true', help='print what runs over there, and exit')
-    words.add_argument('--version', action='version', version='file_replicator %s' % __version__, help='print the version, and exit')
-    words.add_argument('--help', action='help', help='print this, and exit')
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=109))
+    yes, no = dict(action='store_true'), dict(action='store_false')
+
+    what = parser.add_argument_group('what is replicated').add_argument
+    what('--gitignore', **yes, default=True, help='leave out what git ignores, and .git (default)')
+    what('--no-gitignore', **no, dest='gitignore', help='leave out nothing that git ignores')
+    what('--exclude', metavar='PATTERN', action='append', default=[], type=exclude_pattern, dest='excludes',
+         help='leave out, and never touch there: NAME at any depth, /PATH from SRC_DIR, DIR/ only '
+              'directories; * ? [] within a name, ** across (repeatable; default: none)')
+    what('--clean-out-first', **yes, dest='clean_out',
+         help='empty the replica first, dot-files too (default: no)')
+    what('--mirror', **yes, help='also remove what is there and not here (default: no)')
+    what('--no-delete', **yes, help='remove nothing there (default: what goes here goes there)')
+    what('--checksum', **yes, help='when connecting compare contents, not size and time (default: no)')
+    what('--dry-run', **yes, help='connect, compare, print what would be done, change nothing (default: no)')
+
+    when = parser.add_argument_group('when').add_argument
+    when('--with-initial-replication', **yes, dest='initial', default=True,
+         help='send what differs at the start (default)')
+    when('--no-initial-replication', **no, dest='initial', help='send only what changes later')
+    when('--replicate-on-change', **yes, dest='watch', default=True,
+         help='watch, and send each change (default)')
+    when('--no-replicate-on-change', **no, dest='watch', help='end when all is replicated')
+    when('--poll', metavar='SECONDS', type=positive_seconds, default=0,
+         help='look at everything at this interval instead of using inotify (default: inotify)')
+    when('--update-interval', metavar='SECONDS', type=positive_seconds, default=0,
+         help='send a file that keeps changing at most this often (default: each change)')
+    when('--wait', **yes, help='keep trying until the far side is up (default: only once it was)')
+
+    after = parser.add_argument_group('after something was replicated').add_argument
+    after('--hook', metavar='COMMAND', default='',
+          help='run this here, through the shell; the paths on its input, NUL-separated (default: none)')
+    after('--remote-hook', metavar='COMMAND', default='',
+          help='the same over there, in the replica (default: none)')
+
+    words = parser.add_argument_group('words').add_argument
+    words('--quiet', **yes, help='only warnings and errors (default: a line for each path)')
+    words('--log-file', metavar='PATH', default='', help='append all lines, with the time (default: no file)')
+    words('--debugging', **yes, help='show events and records (default: no)')
+    words('--receiver', **yes, help='print what runs over there, and exit')
+    words('--version', action='version', version='file_replicator ' + __version__, help='print it, and exit')
+    words('--help', action='help', help='print this, and exit')
     return parser
 
 
-def split_command_line(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Tuple[List[str], List[str], List[str]]:
+def split_command_line(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Sequence[List[str]]:
     """Options, SRC_DIR and DEST_PARENT_DIR, connection command. By hand, since argparse (3.8 to 3.13) would
     take options out of the command, and drop a -- of its own."""
     options: List[str] = []
     places: List[str] = []
-    takes_value = {name for action in parser._actions if action.nargs is None for name in action.option_strings}
+    takes_value = {name for each in parser._actions if each.nargs is None for name in each.option_strings}
     rest = collections.deque(argv)
     only_places = False
-    while rest and (len(places) < 2 or not only_places and rest[0].startswith('-') and rest[0] not in ('-', '--')):
+    while rest and (len(places) < 2 or not only_places and rest[0][:1] == '-' and rest[0] not in ('-', '--')):
         word = rest.popleft()
         if only_places or word == '-' or not word.startswith('-'):
             places.append(word)
@@ -2910,7 +3041,7 @@ def parse(argv: Sequence[str]) -> Options:
     if not name:
         parser.error('SRC_DIR %s has no name that the replica could have' % shown(places[0]))
     if not places[1].startswith('/'):
-        parser.error('DEST_PARENT_DIR %s is not absolute: nobody knows where the far side begins' % shown(places[1]))
+        parser.error('DEST_PARENT_DIR %s is not absolute, and the far side begins nowhere' % shown(places[1]))
     if '\0' in places[1] + name:
         parser.error('a path holds a NUL')
     given.source, given.destination, given.command = source, places[1].rstrip('/') + '/' + name, command
@@ -2928,6 +3059,9 @@ def main(argv: Sequence[str]) -> int:
             signal.signal(each, signal.SIG_IGN)
         raise Stopped
 
+    while os.open(os.devnull, os.O_RDWR) < 3:       # 0, 1 or 2 may have come closed: no pipe may get their number
+        pass
+    sys.stdout, sys.stderr = (each or open(os.devnull, 'w') for each in (sys.stdout, sys.stderr))
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(each, stop)
     # entries are never garbage in cycles: looking for that costs a fifth of a scan
@@ -2935,7 +3069,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         return replicate(parse(argv))
     except (Stop, Lost) as why:
-        sys.stderr.buffer.write(('file_replicator: %s\n' % why).encode(sys.stderr.encoding or 'ascii', 'backslashreplace'))
+        text = 'file_replicator: %s\n' % why
+        sys.stderr.buffer.write(text.encode(sys.stderr.encoding or 'ascii', 'backslashreplace'))
         return 1
     except Stopped:
         return 0
