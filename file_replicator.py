@@ -16,8 +16,8 @@
 
 `local` is what stands here, as it was last looked at. `remote` is what stands over there. Everything this
 program does is to make the second equal to the first. An event only says where to look again; what is sent
-follows from comparing the two trees. So new directories, renames, events that were lost, a connection that broke
-and a container that was made anew are one and the same case, with more or fewer paths to look at.
+follows from comparing the two trees. So new directories, renames, lost events, a connection that broke and a
+container that was made anew are one and the same case, with more or fewer paths to look at.
 
 Read from the top: the receiver is all that runs over there. The program itself is `replicate`, in section 8;
 sections 2, 5 and 6 touch nothing, no clock, no disk and no process.
@@ -724,11 +724,11 @@ class Git:
         self.close()                    # its index and rules are those of when it was started
         out = self.run('ls-files', '-z', '--others', '--ignored', '--exclude-standard', '--directory')
         out = out.split(b'\0')[:-1]
-        directories = [path for path in out if path.endswith(b'/')]
+        directories = [path.rstrip(b'/') for path in out if path.endswith(b'/')]
         if directories:
             given = b'\0'.join(directories)
             really = set(self.run('check-ignore', '--no-index', '-z', '--stdin', given=given).split(b'\0'))
-            out = [path for path in out if not path.endswith(b'/') or path in really]
+            out = [path for path in out if not path.endswith(b'/') or path.rstrip(b'/') in really]
         return (os.fsdecode(path).rstrip('/') for path in out)
 
     def ignores(self, paths: List[str]) -> List[bool]:
@@ -897,7 +897,8 @@ class Watch:
         except ImportError:
             self.why_not = 'inotify_simple is not installed; pip install inotify_simple, to react at once'
         except OSError as error:
-            self.why_not = 'inotify cannot be used: %s; fs.inotify.max_user_instances may be too small' % error.strerror
+            self.why_not = ('inotify cannot be used: %s; fs.inotify.max_user_instances may be too small'
+                            % error.strerror)
 
     @property
     def fd(self) -> Optional[int]:
@@ -1262,8 +1263,8 @@ class Source:
         except OSError:
             there = False
         if not there:
-            self.report.problem('', 'is gone, or empty and not what it was: nothing is removed over there, and '
-                                'it is replicated again once it is back', 'root')
+            self.report.problem('', 'is gone, or empty and not what it was: nothing is removed over there, '
+                                'and it is replicated again once it is back', 'root')
             self.gone = True
             self.hint('', CONTENT, 1)
             return False
@@ -1423,7 +1424,7 @@ def believe(listed: Iterable[Tuple[str, Entry]], local: Tree, known: Optional[Tr
     what stands here, what an earlier connection knew of, and what `ours` says. Where it equals what stands
     here it is the same object, so that a later rename is known by the inode."""
     remote = Tree()
-    doubtful: Set[str] = set()          # directories that a step of ours may have made, with what it put there
+    doubtful: Set[str] = set()          # what a step of ours may have made, with what it put there
     for path, entry in listed:
         above, _, name = path.rpartition('/')
         names = remote.folders.get(above)
@@ -1506,7 +1507,7 @@ def archive(members: Iterable[Member]) -> bytes:
 def tar_header(kind: bytes, name: bytes, size: int, mode: int = 0o644, mtime: int = 0,
                target: bytes = b'') -> bytes:
     middle = b'%07o\0000000000\0000000000\0%011o\0%011o\0' % (mode, size, mtime)
-    check = sum(name) + sum(middle) + sum(kind) + sum(target) + 879     # eight blanks in its place, the last field
+    check = sum(name) + sum(middle) + sum(kind) + sum(target) + 879     # the last field, blanks for this one
     return b''.join((name.ljust(100, b'\0'), middle, b'%06o\0 ' % check, kind, target.ljust(100, b'\0'),
                      b'ustar  \0', bytes(247)))
 
@@ -1573,7 +1574,7 @@ WHAT_IT_MAY_MEAN = {
     126: 'a command could not be run: it is not executable, or not there in the container',
     125: 'docker itself refused: is the container running, its name right, the engine reachable?',
     255: 'ssh could not connect or log in',
-    0: 'it ended by itself: it is no shell, or has no standard input, which docker and kubectl give with -i',
+    0: 'it is no shell, or has nothing on its standard input: docker exec and kubectl exec need -i for that',
 }
 
 
@@ -1768,7 +1769,7 @@ class Connection:
     def hear_line(self, line: bytes) -> None:
         text = line.decode(errors='surrogateescape')
         found = re.search(self.nonce + r' (?:(\d+) ([012])|\+ (.*)|stop (.*))$', text)
-        other = text[:found.start()] if found else text     # before an answer: somebody's line that did not end
+        other = text[:found.start()] if found else text     # before an answer: a line that did not end
         if other and not re.match(CHATTER, other):
             # The reason is for people: without the shell's name, its line, and the names we gave to temporary
             # files.
@@ -2010,7 +2011,8 @@ class Report:
             left = max(0, self.bytes - self.bytes_done) / rate if rate else 0
             words = '\r{:,} of {:,} paths, {:.1f} of {:.1f} MB, {:.1f} MB/s, {:.0f} s left\033[K'
             self.to_stderr(words.format(
-                self.files_done, self.files, self.bytes_done / 1e6, self.bytes / 1e6, rate / 1e6, left))
+                self.files_done, self.files, min(self.bytes, self.bytes_done) / 1e6, self.bytes / 1e6,
+                rate / 1e6, left))
             self.drawn = now
 
     def erase(self) -> None:
@@ -2048,7 +2050,8 @@ class Hooks:
             with tempfile.TemporaryFile() as out:       # not a pipe: what the hook leaves running may hold it
                 try:
                     self.process = subprocess.Popen(self.command, shell=True, stdin=subprocess.PIPE,
-                                                    stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+                                                    stdout=out, stderr=subprocess.STDOUT,
+                                                    start_new_session=True)
                     with contextlib.suppress(BrokenPipeError), self.process.stdin as names:
                         names.write(paths)
                     status = self.process.wait()
@@ -2208,6 +2211,8 @@ class Replica:
         older bytes stay."""
         local, remote, fresh = self.source.tree, self.remote, self.source.fresh
         tool, sums = self.far.sums() if self.options.checksum else ('-', {})
+        if self.options.checksum and tool == '-':
+            self.report.warn('--checksum: the far side has no sha256sum, sha1sum or md5sum: size and time are compared')
         hints.setdefault('', META)
         for directory, names in local.folders.items():
             prefix = directory + '/' if directory else ''
@@ -2816,13 +2821,13 @@ def replicate(options: Options) -> int:
             except Lost as why:
                 replica.lost()
                 retry.wait(why, source)
-            except Stop as why:
-                report.write_log(['file_replicator: %s' % why])
-                raise
             finally:
                 source.meanwhile = source.listen
                 if far:
                     far.close()
+    except Stop as why:
+        report.write_log(['file_replicator: %s' % why])
+        raise
     finally:
         hooks.stop()
         left_out.close()
@@ -2920,7 +2925,8 @@ def program(options: Options, find_words: Sequence[str]) -> Callable[[str], str]
 
 DESCRIPTION = '''\
 Makes DEST_PARENT_DIR/basename(SRC_DIR) on the far side of CONNECTION_COMMAND the same as SRC_DIR, and keeps
-it so. CONNECTION_COMMAND is anything whose standard input reaches a POSIX shell; nothing is installed there.'''
+it so. CONNECTION_COMMAND is anything whose standard input reaches a POSIX shell. Nothing is installed there.
+'''
 
 EXAMPLES = '''\
 examples:
@@ -2955,9 +2961,10 @@ def exclude_pattern(text: str) -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog='file_replicator.py', description=DESCRIPTION, epilog=EXAMPLES, add_help=False, allow_abbrev=False,
+        prog='file_replicator.py', description=DESCRIPTION, epilog=EXAMPLES, add_help=False,
+        allow_abbrev=False,
         usage='file_replicator.py [OPTIONS] SRC_DIR DEST_PARENT_DIR CONNECTION_COMMAND...',
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=109))
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 34, 109))
     yes, no = dict(action='store_true'), dict(action='store_false')
 
     what = parser.add_argument_group('what is replicated').add_argument
@@ -3059,7 +3066,7 @@ def main(argv: Sequence[str]) -> int:
             signal.signal(each, signal.SIG_IGN)
         raise Stopped
 
-    while os.open(os.devnull, os.O_RDWR) < 3:       # 0, 1 or 2 may have come closed: no pipe may get their number
+    while os.open(os.devnull, os.O_RDWR) < 3:       # 0, 1 or 2 may be closed: no pipe may get their number
         pass
     sys.stdout, sys.stderr = (each or open(os.devnull, 'w') for each in (sys.stdout, sys.stderr))
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
