@@ -261,7 +261,7 @@ do_dir() {
 do_link() {
   solid "$2" || return 2
   temp=${2%/*}/$mark
-  ln -s "${1%.}" "$temp" && put "$temp" "$2" || return 1
+  ln -s -- "${1%.}" "$temp" && put "$temp" "$2" || return 1
   stamp - "$w1" "$2"
   return 0
 }
@@ -525,6 +525,10 @@ class Stop(Exception):
     """The program cannot go on; the text is the message."""
 
 
+class Stopped(BaseException):
+    """A signal, or the end of who reads our output, asked us to end."""
+
+
 class Lost(Exception):
     """This connection cannot go on; the text says why. Another may."""
 
@@ -762,7 +766,8 @@ class Git:
 
     def close(self) -> None:
         if self.asking:
-            self.asking.stdin.close()
+            with contextlib.suppress(OSError):      # what it did not read any more
+                self.asking.stdin.close()
             self.asking.stdout.close()
             self.asking.wait()
             self.asking = None
@@ -1579,7 +1584,7 @@ WHAT_IT_MAY_MEAN = {
 
 
 # What dd and tar say though all is well.
-CHATTER = r'\d+\+\d+ records |\d+ bytes .*copied|.*: (time stamp|implausibly old) '
+CHATTER = r'\d+\+\d+ records |\d+ bytes .*copied|.*: (time stamp|implausibly old) |.*tar: b/[^:]*$'
 
 
 class Connection:
@@ -1914,6 +1919,7 @@ class Report:
         self.log = None
         self.problems: Dict[Tuple[str, str], str] = {}      # (stage, path): why
         self.noticed: Set[Tuple[str, str]] = set()
+        self.told: Set[Tuple[str, str]] = set()             # the problems when last it was not in step
         self.lines: List[str] = []
         self.terminal = sys.stderr.isatty()
         self.colour = self.terminal and 'NO_COLOR' not in os.environ
@@ -1938,7 +1944,7 @@ class Report:
             self.flush()
 
     def flush(self) -> None:
-        """Raises BrokenPipeError where nobody reads any more."""
+        """Raises Stopped where nobody reads any more."""
         lines, self.lines = self.lines, []
         self.write_log(lines)
         if lines and not self.options.quiet and not self.muted:
@@ -1947,8 +1953,9 @@ class Report:
                 sys.stdout.buffer.write(''.join(line + '\n' for line in lines).encode(
                     sys.stdout.encoding or 'ascii', 'backslashreplace'))
                 sys.stdout.flush()
-            except BrokenPipeError:
-                raise
+            except BrokenPipeError:     # nobody reads what we say, and nobody asked for more
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                raise Stopped
             except OSError as error:
                 self.muted = True
                 self.warn('cannot write to standard output: %s; going on without' % error.strerror)
@@ -2020,13 +2027,14 @@ class Report:
             self.to_stderr('\r\033[K')
             self.drawn = 0.0
 
-    def in_step(self, count: int, seconds: float) -> None:
+    def in_step(self) -> None:
         self.files = self.bytes = self.files_done = self.bytes_done = 0
         self.since = 0.0
-        if self.problems:
-            self.warn('not in step: %d paths could not be replicated' % len(self.problems))
-        else:
+        if not self.problems:
             self.line('in step')
+        elif set(self.problems) != self.told:
+            self.warn('not in step: %d paths could not be replicated' % len(self.problems))
+        self.told = set(self.problems)
         self.flush()
 
 
@@ -2858,7 +2866,7 @@ def keep_in_step(options: Options, source: Source, replica: Replica, hooks: Hook
             if not replica.announced:
                 replica.announced = True
                 replica.drifts = 0
-                report.in_step(0, 0)
+                report.in_step()
                 replica.run_hooks(hooks)
             if not options.watch and replica.is_idle():
                 hooks.queue.join()
@@ -3056,10 +3064,6 @@ def parse(argv: Sequence[str]) -> Options:
     return given
 
 
-class Stopped(BaseException):
-    """A signal asked us to end."""
-
-
 def main(argv: Sequence[str]) -> int:
     def stop(number: int, frame: Any) -> None:
         for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -3080,9 +3084,6 @@ def main(argv: Sequence[str]) -> int:
         sys.stderr.buffer.write(text.encode(sys.stderr.encoding or 'ascii', 'backslashreplace'))
         return 1
     except Stopped:
-        return 0
-    except BrokenPipeError:             # nobody reads what we say, and nobody asked for more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
 
 
