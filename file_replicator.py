@@ -1106,6 +1106,17 @@ class Source:
             self.fresh.clear()
         self.left_out.ask([path for path in hints if path and self.tree.get(path) is None
                            and self.tree.is_directory(parent(path)) and not self.left_out(path, False)])
+        gone = self.see_all(hints, changed)
+        if gone:                        # what went may have come elsewhere: that has its event by now
+            self.listen()
+            hints, self.hints = self.hints, {}
+            gone = [path for path in gone if path not in hints] + self.see_all(hints, changed)
+        for path in gone:               # after what came: a directory that moved keeps its watch
+            self.lose(path, changed)
+        return changed
+
+    def see_all(self, hints: Dict[str, int], changed: Dict[str, int]) -> List[str]:
+        """Takes note of what stands at these paths, and returns those where there is nothing to be replicated."""
         gone = []
         for path in sorted(hints):
             if path and not self.tree.is_directory(parent(path)):
@@ -1116,11 +1127,9 @@ class Source:
             if (entry is None or path and self.left_out(path, entry.kind == 'd')
                     or not self.admits(path, entry)):
                 gone.append(path)
-                continue
-            self.see(path, entry, hints[path], changed)
-        for path in gone:               # after what came: a directory that moved keeps its watch
-            self.lose(path, changed)
-        return changed
+            else:
+                self.see(path, entry, hints[path], changed)
+        return gone
 
     def entry_at(self, path: str) -> Optional[Entry]:
         """What stands there: None for nothing, UNKNOWN if that cannot be said (and it was said why)."""
@@ -2137,6 +2146,7 @@ class Replica:
         """Looks at what stands here while the far side starts; then compares."""
         everything = self.source.hints.get('') == CONTENT or self.source.watch.fd is None
         changed = self.source.look() if everything else {}
+        self.source.meanwhile = self.source.listen
         while far.phase != 'live':
             far.turn(None, self.source.watch.fd)
             self.source.listen()
@@ -2817,22 +2827,18 @@ def replicate(options: Options) -> int:
     source.hint('', CONTENT)
     try:
         while True:
-            far = None
             try:
                 source.ask_git()
-                far = Connection(options.command, program(options, left_out.find_words()), report)
-                source.meanwhile = lambda: (far.turn(0), source.listen())
-                replica.meet(far)
-                retry.connected()
-                keep_in_step(options, source, replica, hooks, report)
-                return 1 if report.problems else 0
+                text = program(options, left_out.find_words())
+                with contextlib.closing(Connection(options.command, text, report)) as far:
+                    source.meanwhile = lambda: (far.turn(0), source.listen())
+                    replica.meet(far)
+                    retry.connected()
+                    keep_in_step(options, source, replica, hooks, report)
+                    return 1 if report.problems else 0
             except Lost as why:
                 replica.lost()
                 retry.wait(why, source)
-            finally:
-                source.meanwhile = source.listen
-                if far:
-                    far.close()
     except Stop as why:
         report.write_log(['file_replicator: %s' % why])
         raise
