@@ -1231,13 +1231,14 @@ class Source:
         a new connection, it is sent again. Of a file with several names an event only tells one; the others
         are looked at with it."""
         entry = entry_of(status, self.full(path))
+        if entry.kind != 'd':
+            if status.st_nlink > 1:
+                self.twins.setdefault(entry.inode, set()).update((path, self.names.get(entry.inode, path)))
+            self.names[entry.inode] = path
         if entry.kind == 'f':
             tick_ns = 50 * 10**6 if status.st_mtime_ns % 10**9 else 2 * 10**9      # of a coarse file system
             if abs(self.now_ns - status.st_mtime_ns) < tick_ns:
                 self.fresh.add(path)
-            if status.st_nlink > 1:
-                self.twins.setdefault(entry.inode, set()).update((path, self.names.get(entry.inode, path)))
-            self.names[entry.inode] = path
             if path.endswith('.gitignore') and self.left_out.ask_git:
                 self.left_out.check_git(path)
                 self.rules_changed = self.rules_changed or status.st_mtime_ns > self.git_asked_ns
@@ -2147,10 +2148,22 @@ class Replica:
         everything = self.source.hints.get('') == CONTENT or self.source.watch.fd is None
         changed = self.source.look() if everything else {}
         self.source.meanwhile = self.source.listen
-        while far.phase != 'live':
-            far.turn(None, self.source.watch.fd)
-            self.source.listen()
-        self.begin(far, changed)
+        with self.remembering(changed):
+            while far.phase != 'live':
+                far.turn(None, self.source.watch.fd)
+                self.source.listen()
+            self.begin(far, changed)
+
+    @contextlib.contextmanager
+    def remembering(self, changed: Dict[str, int]) -> Iterator[None]:
+        """What is known to have changed stays known if the connection ends in here."""
+        contents = [path for path, why in changed.items() if why == CONTENT]
+        try:
+            yield
+        except Lost:
+            for path in contents:
+                self.source.hint(path, CONTENT)
+            raise
 
     def begin(self, far: Connection, changed: Dict[str, int]) -> None:
         """Compares what the far side lists with what stands here, once it is live."""
@@ -2864,7 +2877,9 @@ def keep_in_step(options: Options, source: Source, replica: Replica, hooks: Hook
                 next_look = now + poll_seconds
             wait = min(next_look - now, wait if wait is not None else 1e9)
         if source.hints or source.rules_changed:
-            replica.take_in(source.look())
+            changed = source.look()
+            with replica.remembering(changed):
+                replica.take_in(changed)
         busy = replica.fill()
         if not busy and replica.is_staged and replica.is_idle(sent_is_enough=not options.watch):
             replica.rest()
