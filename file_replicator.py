@@ -72,22 +72,21 @@ __version__ = '1.0'
 #     rmdir                            1 or more                      removes empty directories
 #     move                             2: from, to                    renames
 #     bulk    tar or script            directories, an archive        many small files, directories and links
-#     clean                            0                              empties the replica
 #     hook                             0, names                       runs --remote-hook
 #     beat                             0                              nothing: is anybody there?
 #
-# The answer is a line `NONCE NUMBER CODE`: 0 done, 1 failed, 2 not as it was listed. Lines before it that do
-# not begin with the nonce say why; `NONCE + ...` are values. The nonce is new each time, so no name and no
-# file's bytes can be taken for an answer or a marker. First come `NONCE ready`, a listing (see list), and
-# `NONCE listed`.
+# The answer is a line `NONCE NUMBER CODE`: 0 done, 1 failed, 2 not as it was listed, 3 done but for mode or
+# time. Lines before it that do not begin with the nonce say why; `NONCE + ...` are values. The nonce is new
+# each time, so no name and no file's bytes can be taken for an answer or a marker. First come `NONCE ready`,
+# a listing (see list), and `NONCE listed`.
 
 RECEIVER = r'''# What file_replicator.py runs on the far side: functions only; one call of main is appended.
 # The rules it keeps: no byte of the stream is left over or taken too much, whatever fails; nothing outside
 # the replica is written; nothing is put in place before its last byte is here. A process costs half a
 # millisecond, a builtin a hundredth of that, so the common paths are mostly builtins.
 
-# Answers record $1: 0 done, 1 failed (why stands in the lines before), 2 the far side is not as it was
-# listed.
+# Answers record $1: 0 done, 1 failed (why stands in the lines before), 2 the far side is not as it was listed,
+# 3 done, but for the mode or the time.
 answer() { echo "$nonce $1 $2"; }
 
 # Says why this session cannot go on, and ends it.
@@ -208,10 +207,11 @@ do_file() {
   umask "$w1"
   temp=${1%/*}/$mark
   if [ "$w4" = - ]; then store "$temp"; else mv -f "$stage/$w4" "$temp"; fi || { rm -f "$temp"; return 1; }
-  [ "$w2" = - ] || chmod "$w2" "$temp"
+  refused=0
+  [ "$w2" = - ] || chmod "$w2" "$temp" || refused=3
   put "$temp" "$1" || return 1
-  stamp - "$w3" "$1"
-  return 0
+  stamp - "$w3" "$1" || refused=3
+  return $refused
 }
 
 # part SEEK NAME: the bytes go to the staged file NAME: make it (SEEK is +), to its end (-), or SEEK times 64
@@ -262,8 +262,7 @@ do_link() {
   solid "$2" || return 2
   temp=${2%/*}/$mark
   ln -s -- "${1%.}" "$temp" && put "$temp" "$2" || return 1
-  stamp - "$w1" "$2"
-  return 0
+  stamp - "$w1" "$2" || return 3
 }
 
 # meta MODE TIME: sets them, for paths that are there.
@@ -346,14 +345,6 @@ do_hook() {
   return 1
 }
 
-# clean: empties the replica, but for our staging. What is mounted in it stays.
-do_clean() {
-  find . -xdev -type d ! -perm -700 -exec chmod u+rwx {} + 2>/dev/null
-  find . -xdev ! -type d ! -path "$stage/*" -exec rm -f {} +
-  find . -xdev -depth -type d ! -name . ! -path "$stage" ! -path "$stage/*" -exec rmdir {} + 2>/dev/null
-  return 0
-}
-
 # beat: nothing, to see whether the connection lives.
 do_beat() { :; }
 
@@ -427,6 +418,13 @@ list() {
   fi 2>/dev/null
 }
 
+# Lists what is mounted in the replica: nothing there is removed. A bind mount shows in no other way.
+list_mounts() {
+  while read -r _ at _; do
+    case $at in "$root"/*) echo "$nonce m - 0 0 0 .${at#"$root"}//." ;; esac
+  done 2>/dev/null </proc/self/mounts
+}
+
 # Lists the sums of all files.
 list_sums() {
   for sum in sha256sum sha1sum md5sum -; do ! "$sum" </dev/null >/dev/null 2>&1 || break; done
@@ -470,13 +468,15 @@ main() {
   cd "$root" || stop "cannot enter the directory"
   root=$(pwd -P)
   case $flags in
-    *g*) case $root/ in //) stop "that is the whole file system" ;; esac
-         case ${HOME:-/}/ in "$root"/*) stop "that is or holds the home directory over there" ;; esac ;;
+    *g*) home=$(cd "${HOME:-/}" 2>/dev/null && pwd -P)
+         [ "$root" != / ] || stop "that is the whole file system"
+         case $home/ in "$root"/*) stop "that is or holds the home directory over there" ;; esac ;;
   esac
   trap leave 0 HUP INT TERM PIPE
   echo
   echo "$nonce ready"
   case $flags in *d*) ;; *) ! empty || do_probe || stop "cannot write there" ;; esac
+  list_mounts
   list "$@"
   case $flags in *c*) list_sums "$@" ;; esac
   echo "$nonce listed"
@@ -491,7 +491,9 @@ main() {
     [ -z "$staged" ] || [ -d "$stage" ] || stop "its staging was taken away"
     checked='' temp=''
     "do_$verb" "$@"
-    answer "$id" $?
+    code=$?
+    [ "$code" = 0 ] || cd "$root" || stop "the replica is gone"
+    answer "$id" "$code"
   done
   leave
 }
@@ -504,6 +506,7 @@ BULK_BYTES = 1 << 20            # a slice of the backlog, and the largest file t
 BULK_PATHS = 1000
 LIST_PATHS = 128                # paths in one remove, rmdir, dir or meta record
 BLOCK = 1 << 16                 # parts of a large file begin at multiples of this
+JOBS = 8                        # large files on their way at once
 PIPE_BYTES = 1 << 20            # asked of the kernel for the pipes to the connection command
 WINDOW_BYTES = 8 << 20          # on the way and not answered; grows and shrinks with how long answers take
 READY_SECONDS = 40              # for the far side to answer at all
@@ -1065,7 +1068,7 @@ class Source:
         """Has git say anew what is left out, unless it just did. RACE: a rule that changes between that and
         the watch on where it stands is noticed by its time (see note_fresh); but for git's own index: then by
         its next change."""
-        if self.git_is_asked and not self.rules_changed:
+        if self.git_is_asked and not self.rules_changed or not os.path.isdir(self.root):
             self.git_is_asked = False
             return
         self.rules_changed, self.git_is_asked = False, not self.git_asked_ns
@@ -1116,7 +1119,7 @@ class Source:
         return changed
 
     def see_all(self, hints: Dict[str, int], changed: Dict[str, int]) -> List[str]:
-        """Takes note of what stands at these paths, and returns those where there is nothing to be replicated."""
+        """Takes note of what stands at these paths; returns those where there is nothing to be replicated."""
         gone = []
         for path in sorted(hints):
             if path and not self.tree.is_directory(parent(path)):
@@ -1638,7 +1641,8 @@ class Connection:
         # commands from, and would swallow the first records. sh -c also leaves behind the options and aliases
         # of the outer shell.
         quoted = shlex.quote(self.text.decode('utf-8', 'surrogateescape'))
-        self.write(('R=%s; exec sh -c "$R" "$R"\n' % quoted).encode('utf-8', 'surrogateescape'))
+        line = 'R=%s; PATH="${PATH-}:/usr/local/bin:/usr/bin:/bin"; export PATH; exec sh -c "$R" "$R"\n' % quoted
+        self.write(line.encode('utf-8', 'surrogateescape'))
 
     def write(self, data: bytes) -> None:
         self.out.append(memoryview(data))
@@ -1783,7 +1787,7 @@ class Connection:
 
     def hear_line(self, line: bytes) -> None:
         text = line.decode(errors='surrogateescape')
-        found = re.search(self.nonce + r' (?:(\d+) ([012])|\+ (.*)|stop (.*))$', text)
+        found = re.search(self.nonce + r' (?:(\d+) ([0-3])|\+ (.*)|stop (.*))$', text)
         other = text[:found.start()] if found else text     # before an answer: a line that did not end
         if other and not re.match(CHATTER, other):
             # The reason is for people: without the shell's name, its line, and the names we gave to temporary
@@ -1829,7 +1833,7 @@ class Connection:
                 mtime_ns = int(seconds) * 10**9
                 if fraction:
                     part = int(fraction[:9].ljust(9, '0'))
-                    mtime_ns += part if mtime_ns > 0 or when[0] != '-' else -part
+                    mtime_ns += part            # before 1970 too: the seconds are rounded down
                 yield path[2:], (Entry('f', permissions, int(size), mtime_ns) if kind == 'f' else
                                  Entry('l', 0o777, 0, mtime_ns, target[:-2]) if kind == 'l' else
                                  Entry(kind, permissions, 0, mtime_ns)), int(device)
@@ -1876,22 +1880,18 @@ class Connection:
         hint = WHAT_IT_MAY_MEAN.get(status, '') if self.phase == 'starting' else ''
         return 'the connection command %s%s%s' % (how, said, ' (%s)' % hint if hint else '')
 
-    def close(self, patience_seconds: float = 0.7) -> None:
+    def close(self) -> None:
         """Ends the connection. The end of its input is what tells the receiver to clear up; then the rest is
         ended."""
         self.process.stdin.close()
-        if self.at_rest:                # there is nothing to clear up, so nothing to wait for
-            self.kill(signal.SIGTERM)
-        end = time.monotonic() + patience_seconds
-        while self.process.poll() is None and time.monotonic() < end:
-            try:
-                if not select.select([self.stdout], [], [], 0.02)[0]:
-                    continue
-                if not os.read(self.stdout, PIPE_BYTES):
-                    time.sleep(0.001)
-            except OSError:
-                pass
-        self.kill(signal.SIGKILL)
+        # What is still there after a while gets the signal that has the receiver clear up.
+        for patience, number in ((0 if self.at_rest else 0.4, signal.SIGTERM), (0.4, signal.SIGKILL)):
+            end = time.monotonic() + patience
+            while self.process.poll() is None and time.monotonic() < end:
+                with contextlib.suppress(OSError):
+                    if select.select([self.stdout], [], [], 0.02)[0] and not os.read(self.stdout, PIPE_BYTES):
+                        time.sleep(0.002)
+            self.kill(number)
         self.process.wait()
         self.process.stdout.close()
         self.process.stderr.close()
@@ -2184,32 +2184,35 @@ class Replica:
             self.remote.root = self.remote.root or source.tree.root
             hints = {}
         elif first and options.clean_out:
-            if not options.dry_run:
-                self.probe()
-                self.wait_for('clean')
+            steps = plan(self.remote, Tree(), dict.fromkeys(self.remote.below(''), LOOK))
+            if options.dry_run:
+                self.print_plan(steps)
             else:
-                empty = Tree()
-                for step in plan(self.remote, empty, dict.fromkeys(self.remote.below(''), LOOK)):
-                    self.report.line('would %s' % self.words_for(step, False))
-            self.remote = Tree()
-            self.remote.root = source.tree.root
+                self.carry_out(steps)
+            self.remote.root = self.remote.root or source.tree.root
         if not (first and not options.initial):
             self.compare(hints)
         del far.listing[:]
         self.begun = True
         if options.dry_run:
-            for step in plan(self.remote, source.tree, hints, not options.no_delete):
-                self.report.line('would %s' % self.words_for(step, False))
-                self.announced = True
+            self.print_plan(plan(self.remote, source.tree, hints, not options.no_delete))
             return
         if options.watch:
             self.probe()                # now, rather than before the first edit
         self.take_in(hints)
 
+    def print_plan(self, steps: List[Step]) -> None:
+        for step in steps:
+            self.report.line('would %s' % self.words_for(step, False))
+            self.announced = True       # it is not in step, and nobody is to be told that it is
+
     def listed(self, far: Connection) -> Iterator[Tuple[str, Entry]]:
         """What the far side listed; takes note of what is mounted in it."""
         root_device = None
         for path, entry, device in far.entries():
+            if entry.kind == 'm':       # as /proc/mounts shows it, with blanks and the like in octal
+                self.mounts.add(re.sub(r'\\([0-7]{3})', lambda m: chr(int(m[1], 8)), path))
+                continue
             if path == far.staging or path.startswith(far.staging + '/'):
                 continue
             if device != root_device:
@@ -2222,13 +2225,14 @@ class Replica:
     def is_ours(self, path: str, entry: Entry) -> bool:
         """Whether something over there that is not here may be removed."""
         name = path.rpartition('/')[2]
-        if self.options.dry_run and self.options.clean_out:
+        if path in self.mounts or self.is_mounted(path):
+            return False
+        if self.options.clean_out and not self.begun:
             return True
         if self.options.mirror:
             self.source.left_out.ask([path], gone=True)
         return (entry.kind != 'd' and bool(STAGING.fullmatch(name))
-                or self.options.mirror and path not in self.mounts and not self.is_mounted(path)
-                and not self.source.left_out.within(path))
+                or self.options.mirror and not self.source.left_out.within(path))
 
     def is_mounted(self, path: str) -> bool:
         """Whether a path is on another file system than the replica's root: nothing is renamed to there from
@@ -2243,7 +2247,8 @@ class Replica:
         local, remote, fresh = self.source.tree, self.remote, self.source.fresh
         tool, sums = self.far.sums() if self.options.checksum else ('-', {})
         if self.options.checksum and tool == '-':
-            self.report.warn('--checksum: the far side has no sha256sum, sha1sum or md5sum: size and time are compared')
+            self.report.warn('--checksum: the far side has no sha256sum, sha1sum or md5sum: '
+                             'size and time are compared')
         hints.setdefault('', META)
         for directory, names in local.folders.items():
             prefix = directory + '/' if directory else ''
@@ -2380,7 +2385,9 @@ class Replica:
                 self.source.hint(path, hints.pop(path), QUIET_SECONDS)
             elif self.source.tree.get(path) is None:
                 self.cancel(path)
-        steps = plan(self.remote, self.source.tree, hints, not self.options.no_delete)
+        self.carry_out(plan(self.remote, self.source.tree, hints, not self.options.no_delete))
+
+    def carry_out(self, steps: List[Step]) -> None:
         if not steps:
             return
         self.probe()
@@ -2656,7 +2663,7 @@ class Replica:
             return
         still = (after.st_size, after.st_mtime_ns) == (entry.size, entry.mtime_ns)
         self.unstable[path] = 0 if still else self.unstable.get(path, 0) + 1
-        if still or self.unstable[path] > 2 and after.st_size >= size:
+        if still or self.unstable[path] > 2 and at == size:
             # it never stands still: what was read is better than nothing, and is sent again
             if not still:
                 self.source.hint(path, CONTENT, QUIET_SECONDS, OPEN_SECONDS)
@@ -2674,7 +2681,7 @@ class Replica:
         """Sends of what can wait as much as there is room for: a part of each large file, and a slice of the
         backlog. Whether there may be more to do at once."""
         busy = False
-        for path, job in list(self.jobs.items()):
+        for path, job in list(self.jobs.items())[:JOBS]:
             if self.far.has_room():
                 state = next(job.parts, None)
                 if state is None and self.jobs.get(path) is job:
@@ -2697,12 +2704,12 @@ class Replica:
         """Confirms steps, or takes back the belief that they were taken. Raises Drifted where the far side is
         not as it was listed, unless that comes from a step of ours that failed while this was on its way."""
         self.flying.pop(id(steps), None)
-        if code == 0:
+        if code in (0, 3):
             took = (time.monotonic() - when) * 1000
             for step in steps:
                 self.confirm(step, took)
             self.report.flush()
-            if said and len(steps) == 1 and steps[0].verb in ('file', 'link'):
+            if code == 3:
                 self.refused(steps[0], said)
             elif said:
                 self.report.warn('%s: the far side says: %s' % (shown(steps[0].path), said))
@@ -2842,7 +2849,7 @@ def replicate(options: Options) -> int:
         while True:
             try:
                 source.ask_git()
-                text = program(options, left_out.find_words())
+                text = program(options, left_out.find_words() if replica.begun or not options.clean_out else [])
                 with contextlib.closing(Connection(options.command, text, report)) as far:
                     source.meanwhile = lambda: (far.turn(0), source.listen())
                     replica.meet(far)
