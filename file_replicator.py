@@ -85,8 +85,8 @@ RECEIVER = r'''# What file_replicator.py runs on the far side: functions only; o
 # the replica is written; nothing is put in place before its last byte is here. A process costs half a
 # millisecond, a builtin a hundredth of that, so the common paths are mostly builtins.
 
-# Answers record $1: 0 done, 1 failed (why stands in the lines before), 2 the far side is not as it was listed,
-# 3 done, but for the mode or the time.
+# Answers record $1: 0 done, 1 failed (why stands in the lines before), 2 the far side is not as it was
+# listed, 3 done, but for the mode or the time.
 answer() { echo "$nonce $1 $2"; }
 
 # Says why this session cannot go on, and ends it.
@@ -421,7 +421,7 @@ list() {
 # Lists what is mounted in the replica: nothing there is removed. A bind mount shows in no other way.
 list_mounts() {
   while read -r _ at _; do
-    case $at in "$root"/*) echo "$nonce m - 0 0 0 .${at#"$root"}//." ;; esac
+    case $at in "$root"/*) echo "$nonce m 0 0 0 0 .${at#"$root"}//." ;; esac
   done 2>/dev/null </proc/self/mounts
 }
 
@@ -488,12 +488,11 @@ main() {
       count=$((count - 1))
     done
     read -r length || leave
+    [ -d "$root" ] || stop "the replica is gone"
     [ -z "$staged" ] || [ -d "$stage" ] || stop "its staging was taken away"
     checked='' temp=''
     "do_$verb" "$@"
-    code=$?
-    [ "$code" = 0 ] || cd "$root" || stop "the replica is gone"
-    answer "$id" "$code"
+    answer "$id" $?
   done
   leave
 }
@@ -983,6 +982,7 @@ class Source:
         self.fresh: Set[str] = set()
         self.names: Dict[Any, str] = {}         # inode: the path it was last seen at
         self.twins: Dict[Any, Set[str]] = {}    # inode: the paths of a file that has several
+        self.unlisted: Set[str] = set() # directories that could not be listed: what is in them is not known
         self.now_ns = 0                 # when this look began
         self.own_staging = ''           # the name of this session's staging, which must not turn up here
         self.rules_changed = False
@@ -1189,8 +1189,10 @@ class Source:
             except OSError as error:
                 self.report.problem(directory, 'cannot be listed, so nothing in it is replicated or removed: '
                                     + error.strerror, 'look')
+                self.unlisted.add(directory)
                 continue
             self.report.solved(directory, 'look')
+            self.unlisted.discard(directory)
             self.left_out.enter(directory, found)
             names = self.tree.folders[directory]
             if not everything and self.left_out.git:
@@ -1210,6 +1212,7 @@ class Source:
                     continue
                 except OSError as error:
                     self.report.problem(path, 'cannot be looked at: ' + error.strerror, 'look')
+                    self.unlisted.add(directory)
                     continue
                 before = names.get(name)
                 odd = entry.kind == 's' or name.startswith('.file_replicator.')
@@ -1641,7 +1644,7 @@ class Connection:
         # commands from, and would swallow the first records. sh -c also leaves behind the options and aliases
         # of the outer shell.
         quoted = shlex.quote(self.text.decode('utf-8', 'surrogateescape'))
-        line = 'R=%s; PATH="${PATH-}:/usr/local/bin:/usr/bin:/bin"; export PATH; exec sh -c "$R" "$R"\n' % quoted
+        line = 'R=%s; PATH="${PATH-}:/usr/bin:/bin"; export PATH; exec sh -c "$R" "$R"\n' % quoted
         self.write(line.encode('utf-8', 'surrogateescape'))
 
     def write(self, data: bytes) -> None:
@@ -2215,6 +2218,10 @@ class Replica:
                 continue
             if path == far.staging or path.startswith(far.staging + '/'):
                 continue
+            if any(path.startswith(unlisted + '/') for unlisted in self.source.unlisted):
+                continue                # what could not be read here is not what is not here
+            if (path in self.mounts or self.is_mounted(path)) and self.source.tree.get(path) is None:
+                continue                # nothing that is mounted is removed
             if device != root_device:
                 if root_device is None:
                     root_device = device
@@ -2225,8 +2232,6 @@ class Replica:
     def is_ours(self, path: str, entry: Entry) -> bool:
         """Whether something over there that is not here may be removed."""
         name = path.rpartition('/')[2]
-        if path in self.mounts or self.is_mounted(path):
-            return False
         if self.options.clean_out and not self.begun:
             return True
         if self.options.mirror:
@@ -2716,7 +2721,7 @@ class Replica:
             return
         for step in steps:
             if step.verb in ('remove', 'rmdir'):
-                if (step.verb == 'rmdir' and len(steps) == 1 and 'not empty' in said.lower()
+                if (step.verb == 'rmdir' and len(steps) == 1 and re.search('not empty|busy', said, re.I)
                         and not self.remote.folders.get(step.path)):
                     if step.detail == '?' and self.drifts < 3:
                         self.still_there(step.path)
@@ -2725,7 +2730,8 @@ class Replica:
                     self.report.notice(step.path, 'stays over there: it holds what was not replicated')
                     self.alone.discard(step.path)
                     return
-                self.still_there(step.path)
+                known = step.verb == 'rmdir' and step.detail != '?'
+                self.still_there(step.path, Entry('d', 0o700) if known else UNKNOWN)
             elif step.verb != 'meta':
                 self.remote.put(step.path, UNKNOWN)
             if step.verb == 'move':
@@ -2746,7 +2752,7 @@ class Replica:
             self.drifts += 1
             raise Drifted('%s: %s' % (shown(steps[0].path), said or 'it is not there any more'))
 
-    def still_there(self, path: str) -> None:
+    def still_there(self, path: str, entry: Entry = UNKNOWN) -> None:
         """Takes back a removal, and those of the directories above it, which cannot have gone either."""
         missing = []
         above = parent(path)
@@ -2756,7 +2762,7 @@ class Replica:
         for above in reversed(missing):
             self.remote.put(above, Entry('d', 0o700))
         if self.remote.get(path) is None:
-            self.remote.put(path, UNKNOWN)
+            self.remote.put(path, entry)
 
     def again(self, path: str, delay: float = 0, hint: int = CONTENT) -> None:
         """Has a path compared and sent again, a directory without all that is in it."""
@@ -2821,7 +2827,7 @@ class Replica:
         is enough."""
         on_its_way = self.far.flight or self.far.out
         return not (self.source.hints or self.waiting or self.jobs or on_its_way and not sent_is_enough
-                    or any(path not in self.tries for path in self.source.later))
+                    or any(path and path not in self.tries for path in self.source.later))
 
 
 class Drifted(Lost):
@@ -2849,7 +2855,8 @@ def replicate(options: Options) -> int:
         while True:
             try:
                 source.ask_git()
-                text = program(options, left_out.find_words() if replica.begun or not options.clean_out else [])
+                everything = options.clean_out and not replica.begun
+                text = program(options, [] if everything else left_out.find_words())
                 with contextlib.closing(Connection(options.command, text, report)) as far:
                     source.meanwhile = lambda: (far.turn(0), source.listen())
                     replica.meet(far)
