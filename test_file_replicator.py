@@ -1,0 +1,4445 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+#
+# /// script
+# requires-python = ">=3.8"
+# dependencies = ["inotify_simple", "pytest", "hypothesis"]
+# ///
+"""The promises of file_replicator, kept or broken by real processes: real shells, a real sshd, a real container, real git.
+
+The connection command is where faults are made: a host that misbehaves is a command that misbehaves. Nothing is mocked
+and nothing waits a fixed time: `until` polls, with a deadline. A tool that is missing skips its tests and says so;
+REQUIRE_ALL=1 makes that a failure.
+"""
+
+import ast
+import collections
+import concurrent.futures
+import contextlib
+import inspect
+import os
+import pty
+import pwd
+import random
+import re
+import shlex
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+import pytest
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+SCRIPT = os.environ.get('FILE_REPLICATOR', os.path.join(HERE, 'file_replicator.py'))
+sys.path.insert(0, os.path.dirname(SCRIPT))
+import file_replicator as fr            # noqa: E402
+
+SHELLS = ['bash', 'dash', 'busybox sh', 'mksh', 'zsh', 'ksh93', 'yash']
+
+
+def need(tool):
+    """The path of a tool; without it the test is skipped, or with REQUIRE_ALL=1 fails."""
+    found = shutil.which(tool) or shutil.which(tool, path='/usr/sbin:/sbin')
+    if not found:
+        (pytest.fail if os.environ.get('REQUIRE_ALL') == '1' else pytest.skip)('%s is not installed' % tool)
+    return found
+
+
+def tree_of(root, whole_seconds=False):
+    """{path: (kind, mode, mtime, bytes or link target)} of all that is in a directory, and of itself as '.'."""
+    out = {}
+    for directory, directories, files in os.walk(root):
+        for name in directories + files + ['']:
+            path = os.path.join(directory, name) if name else directory
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                status = os.lstat(path)
+                kind = stat.S_IFMT(status.st_mode)
+                mtime = status.st_mtime_ns // (10**9 if whole_seconds else 1)
+                what = b''
+                if stat.S_ISLNK(kind):
+                    what = os.readlink(path)
+                elif stat.S_ISREG(kind):
+                    with open(path, 'rb') as file:
+                        what = file.read()
+                out[os.path.relpath(path, root)] = kind, stat.S_IMODE(status.st_mode), mtime, what
+    return out
+
+
+def difference(a, b, whole_seconds=False):
+    """What differs between two directories, in words; empty when they are the same."""
+    one, two = tree_of(a, whole_seconds), tree_of(b, whole_seconds)
+    return ['%r: %s here, %s there%s' % (path, one.get(path, ('nothing',))[:3], two.get(path, ('nothing',))[:3],
+                                         '' if (one.get(path) or '...-')[3] == (two.get(path) or '...+')[3] else ', bytes differ')
+            for path in sorted(set(one) | set(two)) if one.get(path) != two.get(path)]
+
+
+def until(check, within=20.0, message=None):
+    """Polls until `check()` is true, and returns that; fails after so many seconds. `message()` is added then."""
+    end = time.monotonic() + within
+    while True:
+        result = check()
+        if result:
+            return result
+        if time.monotonic() > end:
+            pytest.fail('not within %g seconds%s' % (within, ': %s' % (message(),) if message else ''))
+        time.sleep(0.02)
+
+
+def until_equal(a, b, within=30.0, whole_seconds=False, running=None):
+    def message():
+        log = '\n' + running.log()[-3000:] if running else ''
+        return '\n'.join(difference(a, b, whole_seconds)[:12]) + log
+    until(lambda: (os.path.isdir(b) and not difference(a, b, whole_seconds))
+          or (running and running.process.poll() is not None and pytest.fail('it ended: ' + running.log()[-3000:])),
+          within, message)
+
+
+def command(*words):
+    return [sys.executable, SCRIPT, *map(str, words)]
+
+
+def once(*words, timeout=60, env=None, expect=0):
+    """Runs the program to its end. Returns the CompletedProcess, its output as text."""
+    done = subprocess.run(command(*words), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          timeout=timeout, env=dict(os.environ, **(env or {})), start_new_session=True)
+    done.stdout, done.stderr = (text.decode(errors='backslashreplace') for text in (done.stdout, done.stderr))
+    assert 'Traceback' not in done.stderr, done.stderr
+    if expect is not None:
+        assert done.returncode == expect, (done.returncode, done.stdout[-2000:], done.stderr[-3000:])
+    return done
+
+
+class Running:
+    """The program, watching, as a process of its own; `with` ends it and everything it started. Its words are in
+    out() (standard output), err() (standard error) and log() (both)."""
+
+    def __init__(self, tmp, *words, env=None, wait=True, cwd=None):
+        self.paths = [os.path.join(str(tmp), 'run.%d.%s' % (time.monotonic_ns(), kind)) for kind in ('out', 'err')]
+        with open(self.paths[0], 'wb') as out, open(self.paths[1], 'wb') as err:
+            self.process = subprocess.Popen(command(*words), stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=cwd,
+                                            env=dict(os.environ, **(env or {})), start_new_session=True)
+        if wait:
+            self.in_step()
+
+    def read(self, path):
+        with open(path, 'rb') as file:
+            return file.read().decode(errors='backslashreplace')
+
+    def out(self):
+        return self.read(self.paths[0])
+
+    def err(self):
+        return self.read(self.paths[1])
+
+    def log(self):
+        return self.out() + self.err()
+
+    def says(self, words, within=30.0):
+        until(lambda: words in self.log() or (self.process.poll() is not None and words not in self.log()
+                                              and pytest.fail('it ended without saying %r: %s' % (words, self.log()[-3000:]))),
+              within, lambda: '%r was not said: %s' % (words, self.log()[-3000:]))
+
+    def in_step(self, times=1, within=60.0):
+        until(lambda: self.out().count('in step') >= times or self.process.poll() is not None, within, self.log)
+        assert self.process.poll() is None, self.log()[-3000:]
+
+    def connections(self):
+        """The process ids of the connection commands."""
+        with open('/proc/%d/task/%d/children' % (self.process.pid, self.process.pid)) as file:
+            children = [int(pid) for pid in file.read().split()]
+        with contextlib.suppress(OSError):
+            children = [pid for pid in children if os.path.basename(os.readlink('/proc/%d/exe' % pid)) != 'git']
+        return children
+
+    def cut(self):
+        """Kills the connection command, as a network or a container can."""
+        for pid in self.connections():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def stop(self, number=signal.SIGTERM, within=5.0):
+        self.process.send_signal(number)
+        return self.process.wait(within)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(5)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        assert 'Traceback' not in self.err(), self.err()
+
+
+def write(path, data=b'', mode=None, mtime_ns=None):
+    """Makes a file and the directories above it."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, 'wb') as file:
+        file.write(data if isinstance(data, bytes) else data.encode())
+    if mode is not None:
+        os.chmod(path, mode)
+    if mtime_ns is not None:
+        os.utime(path, ns=(mtime_ns, mtime_ns))
+
+
+def shell_command(tmp, shell):
+    """A connection command whose far side really runs the receiver in this shell: its PATH begins with a directory where
+    sh and dash are that shell, and where there is no standalone busybox to change to (but for busybox itself)."""
+    words = shell.split()
+    real = need(words[0])
+    shims = os.path.join(str(tmp), 'shims-' + words[0])
+    os.makedirs(shims, exist_ok=True)
+    if shell == 'busybox sh':
+        return ['busybox', 'sh']
+    for name in ('sh', 'dash'):
+        if not os.path.lexists(os.path.join(shims, name)):
+            os.symlink(real, os.path.join(shims, name))
+    with open(os.path.join(shims, 'busybox'), 'w') as file:
+        file.write('#!%s\nexit 1\n' % need('bash'))
+    os.chmod(file.name, 0o755)
+    return ['env', 'PATH=%s:%s' % (shims, os.environ['PATH']), real]
+
+
+def busybox_root(directory, without=()):
+    """A root that holds nothing but busybox and its links. The applets in `without` are missing, as applets and links."""
+    busybox = need('busybox')
+    os.makedirs(os.path.join(directory, 'bin'), exist_ok=True)
+    shutil.copy(busybox, os.path.join(directory, 'bin', 'busybox'))
+    for name in subprocess.run([busybox, '--list'], stdout=subprocess.PIPE, check=True).stdout.decode().split():
+        if name not in without and name != 'busybox':
+            with contextlib.suppress(FileExistsError):
+                os.symlink('busybox', os.path.join(directory, 'bin', name))
+    for name in ('tmp', 'srv', 'dev', 'root'):
+        os.makedirs(os.path.join(directory, name), exist_ok=True)
+    null = os.path.join(directory, 'dev', 'null')
+    if not os.path.exists(null):
+        os.mknod(null, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    zero = os.path.join(directory, 'dev', 'zero')
+    if not os.path.exists(zero):
+        os.mknod(zero, stat.S_IFCHR | 0o666, os.makedev(1, 5))
+    return directory
+
+
+# ==== The README ==============================================================================================
+
+def readme():
+    with open(os.path.join(HERE, 'README.md'), encoding='utf-8') as file:
+        return file.read()
+
+
+def test_the_help_in_the_readme_is_what_help_prints():
+    printed = subprocess.run(command('--help'), stdout=subprocess.PIPE, check=True).stdout.decode()
+    assert '```\n' + printed.rstrip() + '\n```' in readme()
+
+
+def test_every_test_the_readme_names_is_here():
+    promised = set(re.findall(r'`(test_\w+)`', readme()))
+    with open(os.path.join(HERE, os.path.basename(__file__)), encoding='utf-8') as file:
+        here = set(re.findall(r'^def (test_\w+)', file.read(), re.M))
+    assert len(promised) > 10 and promised <= here
+
+
+def test_every_verb_of_the_receiver_is_in_the_readme_and_in_the_table_above_it():
+    verbs = re.findall(r'^do_(\w+)\(\)', fr.RECEIVER, re.M)
+    with open(SCRIPT, encoding='utf-8') as file:
+        table = file.read().partition('RECEIVER = ')[0]
+    assert verbs and all('`%s`' % verb in readme() and re.search('^#     %s ' % verb, table, re.M) for verb in verbs)
+
+
+def test_the_messages_the_readme_explains_are_those_of_the_program():
+    with open(SCRIPT, encoding='utf-8') as file:
+        program = file.read()
+    for words in ('ended with status', 'what answers is no shell', 'goes through a terminal', 'no shell answered within',
+                  'fs.inotify.max_user_watches', 'the replica was changed over there', 'git cannot say what to leave out'):
+        assert words in program and words in readme()
+
+
+# ==== The file itself =======================================================================================
+
+SH_NAMES = [
+    b'plain', b'new\nline', b'\n', b'a\n\nb', b'ends\n', b' lead', b'trail ', b'\ttab\t', b'back\\slash',
+    b'\\', b'-rf', b"q'uote", b'"', b'$(touch pwned)', b'`x`', b'*', b'[b]', b'~', b'#', b'a=b', b'\xff\xfe',
+    b'e' * 255
+]
+
+
+def names_for(shell):
+    """yash takes what is no character of the locale for an error."""
+    return [name for name in SH_NAMES if shell != 'yash' or name.isascii()]
+
+
+def run_sh(shell, text, stdin=b'', cwd=None):
+    """Runs shell commands in this shell under the name sh, as a far side does; returns what it printed."""
+    with open(os.path.join(str(cwd), 'stdin') if cwd else os.devnull, 'w+b' if cwd else 'rb') as file:
+        if cwd:
+            file.write(stdin)
+            file.seek(0)
+        done = subprocess.run(['sh', '-c', text],
+                              executable=need(shell.split()[0]),
+                              stdin=file,
+                              stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE,
+                              cwd=str(cwd or '/'),
+                              timeout=30,
+                              env=dict(os.environ, LC_ALL='C'))
+    assert not done.stderr, done.stderr
+    return done.stdout
+
+
+def syntax():
+    with open(SCRIPT, encoding='utf-8') as file:
+        return ast.parse(file.read())
+
+
+def test_it_imports_the_standard_library_and_inotify_simple_only():
+    imported = set()
+    for node in ast.walk(syntax()):
+        if isinstance(node, ast.Import):
+            imported.update(name.name.partition('.')[0] for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            imported.add((node.module or '').partition('.')[0])
+    standard = getattr(sys, 'stdlib_module_names', None)        # since 3.10
+    if standard is None:
+        pytest.skip('this Python does not know the names of its standard library')
+    assert imported - set(standard) == {'inotify_simple'}
+
+
+@pytest.mark.parametrize('path', [SCRIPT, inspect.getsourcefile(need)], ids=os.path.basename)
+def test_it_declares_what_it_needs_so_that_uv_can_run_it(path):
+    with open(path, encoding='utf-8') as file:
+        text = file.read()
+    block = re.search(r'^# /// script\n((?:#(?: .*)?\n)+?)# ///$', text, re.MULTILINE)
+    assert block and '# requires-python = ">=3.8"' in block.group(1) and '"inotify_simple"' in block.group(1)
+
+
+def test_no_line_of_it_is_longer_than_110_columns():
+    with open(SCRIPT, encoding='utf-8') as file:
+        long = [
+            '%d: %d columns' % (number, len(line) - 1) for number, line in enumerate(file, 1)
+            if len(line) > 111
+        ]
+    assert not long, long
+
+
+def test_the_receiver_is_never_formatted_but_sent_as_it_stands():
+    for node in ast.walk(syntax()):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod):
+            assert getattr(node.left, 'id', '') != 'RECEIVER'
+        if isinstance(node, ast.Attribute):
+            assert getattr(node.value, 'id', '') != 'RECEIVER', 'RECEIVER.%s' % node.attr
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', '') == 'RECEIVER':
+            assert isinstance(node.value, ast.Constant)
+    assert once('--receiver').stdout == fr.RECEIVER
+
+
+def test_shellcheck_finds_nothing_in_the_receiver():
+    done = subprocess.run([need('shellcheck'), '-s', 'sh', '-'],
+                          input=fr.RECEIVER.encode(),
+                          stdout=subprocess.PIPE)
+    assert done.returncode == 0, done.stdout.decode()
+
+
+@pytest.mark.parametrize('shell', SHELLS)
+def test_every_shell_parses_the_receiver(shell):
+    done = subprocess.run([need(shell.split()[0]), *shell.split()[1:], '-n'], input=fr.RECEIVER.encode(),
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout        # ksh93 has advice about speed
+
+
+# ==== The plan, as a pure function ==========================================================================
+
+TIMES = [10**18, 10**18 + 5, 2 * 10**18, -10**9]
+
+
+def random_entry(rng, inode, kinds='fffdddl'):
+    kind = rng.choice(kinds)
+    return fr.Entry(kind, 0o777 if kind == 'l' else rng.choice([0o644, 0o755, 0o600, 0o555]),
+                    rng.choice([0, 1, 5]) if kind == 'f' else 0, rng.choice(TIMES),
+                    rng.choice(['x', 'y']) if kind == 'l' else '', inode)
+
+
+def random_local(rng):
+    """A tree as a look would find it: each entry has an inode; some files are hard links of each other."""
+    tree = fr.Tree()
+    tree.put('', fr.Entry('d', 0o755, 0, 10**18, '', (1, 1)))
+    linked = fr.Entry('f', 0o644, 5, 10**18, '', (1, 99))
+    for number in range(rng.randrange(9)):
+        above = rng.choice(sorted(tree.folders))
+        path = (above + '/' if above else '') + rng.choice('abc')
+        if path.count('/') < 4 and tree.get(path) is None:
+            tree.put(path, linked if rng.random() < 0.1 else random_entry(rng, (1, 10 + number)))
+    return tree
+
+
+def copy_tree(tree):
+    copy = fr.Tree()
+    for path in ['', *tree.below('')]:
+        copy.put(path, tree.get(path))
+    return copy
+
+
+def random_remote(rng, local):
+    """A replica: of `local` before it was renamed, removed, added to, changed; or of something else."""
+    tree = copy_tree(local) if rng.random() < 0.8 else random_local(rng)
+    for _ in range(rng.randrange(6)):
+        paths = list(tree.below(''))
+        old = rng.choice(paths) if paths else ''
+        above = rng.choice(sorted(tree.folders))
+        new = (above + '/' if above else '') + rng.choice('abcd')
+        what = rng.choice(['move', 'move', 'put', 'drop', 'change', 'unknown'])
+        if what == 'move' and old and not (new + '/').startswith(old + '/') and not (
+                old + '/').startswith(new + '/'):
+            tree.put(new, None)
+            tree.move(old, new)
+        elif what == 'put' and new != old:
+            tree.put(new, None)
+            tree.put(
+                new,
+                random_entry(rng, rng.choice([None, (1, 10 + rng.randrange(9)), (2, rng.randrange(10**6))])))
+        elif what == 'drop' and old:
+            tree.put(old, None)
+        elif what == 'change' and old:
+            tree.put(old, tree.get(old)._replace(mtime_ns=rng.choice([None, *TIMES])))
+        elif what == 'unknown' and old:
+            tree.put(old, fr.UNKNOWN)
+    inodes = collections.Counter(tree.get(path).inode for path in tree.below('') if tree.is_directory(path))
+    for path in list(tree.below('')):           # a directory has one name only
+        if tree.is_directory(path) and inodes[tree.get(path).inode] > 1:
+            tree.put(path, tree.get(path)._replace(inode=None))
+    return tree
+
+
+def all_paths(*trees):
+    return dict.fromkeys([path for tree in trees for path in ['', *tree.below('')]], fr.LOOK)
+
+
+def listing_of(tree):
+    return {path: tree.get(path)._replace(inode=None) for path in ['', *tree.below('')]}
+
+
+def assert_same_trees(there, here):
+    assert set(listing_of(there)) == set(listing_of(here))
+    for path, entry in listing_of(here).items():
+        other = there.get(path)
+        assert other._replace(inode=None, mtime_ns=0) == entry._replace(mtime_ns=0), path
+        assert fr.same_time(other.mtime_ns, entry.mtime_ns), (path, other, entry)
+
+
+def assert_can_be_taken(tree, step):
+    """What a POSIX system, and a user other than root, would ask of this step where `tree` stands."""
+    there, above = tree.get(step.path), tree.get(fr.parent(step.path))
+    changes = {} if step.verb == 'meta' else {step.path, step.detail} if step.verb == 'move' else {step.path}
+    for directory in map(fr.parent, changes):
+        assert tree.is_directory(directory) and tree.get(directory).mode & 0o700 == 0o700, (
+            step, tree.get(directory))
+    if step.verb == 'move':
+        assert tree.get(step.detail) is not None and (there is None or there.kind in 'fl'), step
+        assert not (step.path + '/').startswith(step.detail + '/'), step
+    elif step.verb == 'meta':
+        assert there is not None, step
+    elif step.verb == 'rmdir':
+        assert there is not None and not tree.folders.get(step.path), step
+    elif step.verb == 'remove':
+        assert there is not None and there.kind in 'fls', step
+    elif step.verb == 'dir':
+        assert there is None or there.kind == '?', step
+    else:
+        assert (there is None or there.kind != 'd') and above is not None, step
+
+
+@pytest.mark.parametrize('part', range(4))
+def test_applying_the_plan_gives_the_goal_for_thousands_of_random_pairs(part):
+    for seed in range(part * 1500, (part + 1) * 1500):
+        rng = random.Random(seed)
+        local = random_local(rng)
+        remote = random_remote(rng, local)
+        before = copy_tree(remote)
+        try:
+            steps = fr.plan(remote, local, all_paths(remote, local))
+            for step in steps:
+                assert_can_be_taken(before, step)
+                fr.apply(before, step)
+            assert_same_trees(before, local)
+            assert_same_trees(remote, local)        # what plan() left behind is what the steps do
+            assert not fr.plan(before, local, all_paths(local)), 'an equal pair has steps'
+        except AssertionError as error:
+            raise AssertionError('seed %d: %s\n%s\n%s\n%s' % (
+                seed, error, listing_of(random_remote(random.Random(seed), local)), listing_of(local), steps))
+
+
+def test_without_delete_nothing_is_removed_or_moved_away():
+    for seed in range(1000):
+        rng = random.Random(seed)
+        local = random_local(rng)
+        remote = random_remote(rng, local)
+        only_there = [path for path in remote.below('') if local.get(path) is None
+                      and local.get(path.split('/')[0]) is None]
+        steps = fr.plan(remote, local, all_paths(remote, local), delete=False)
+        assert not [step for step in steps if step.verb == 'move'], seed
+        assert not [
+            step for step in steps if step.verb in ('remove', 'rmdir') and local.get(step.path) is None
+        ], seed
+        assert all(remote.get(path) is not None for path in only_there), seed
+
+
+def small_tree(**changes):
+    tree = fr.Tree()
+    entries = {'': ('d', 0o755, 0), 'd': ('d', 0o755, 0), 'd/f': ('f', 0o644, 5), 'd/s': ('d', 0o755, 0),
+               'd/s/g': ('f', 0o600, 7), 'l': ('l', 0o777, 0)}
+    for inode, (path, (kind, mode, size)) in enumerate(entries.items()):
+        entry = fr.Entry(kind, mode, size, 10**18 + 5, 'to' if kind == 'l' else '', (1, inode))
+        tree.put(path, entry._replace(**changes.get(path.replace('/', '_'), {})))
+    return tree
+
+
+@pytest.mark.parametrize('old, new', [('d', 'e'), ('d/s', 's'), ('d/f', 'd/s/h'), ('l', 'd/l'),
+                                      ('d/s/g', 'g')])
+@pytest.mark.parametrize('everything', [True, False])
+def test_a_rename_is_planned_as_a_rename(old, new, everything):
+    local, remote = small_tree(), small_tree()
+    local.move(old, new)
+    touched = [old, new, *small_tree().below(old), *local.below(new), fr.parent(old), fr.parent(new)]
+    hints = all_paths(local, remote) if everything else dict.fromkeys(touched, fr.LOOK)
+    before = copy_tree(remote)
+    steps = fr.plan(remote, local, hints)
+    assert [(s.verb, s.detail, s.path) for s in steps if s.verb != 'meta'] == [('move', old, new)], steps
+    for step in steps:
+        fr.apply(before, step)
+    assert_same_trees(before, local)
+
+
+@pytest.mark.parametrize('change, hint, expected', [
+    ({}, 'LOOK', []),
+    ({}, 'META', []),
+    ({}, 'CONTENT', [('file', '5')]),
+    ({'mode': 0o600}, 'META', [('meta', 'm')]),
+    ({'mode': 0o600}, 'LOOK', [('meta', 'm')]),
+    ({'mode': 0o600, 'mtime_ns': 1}, 'META', [('meta', 'mt')]),
+    ({'mtime_ns': 1}, 'META', [('meta', 't')]),
+    ({'mtime_ns': 1}, 'LOOK', [('file', '5')]),
+    ({'mtime_ns': None}, 'META', [('file', '5')]),
+    ({'mtime_ns': 10**18}, 'LOOK', []),                 # a far side that knows whole seconds only
+    ({'size': 4}, 'META', [('file', '4')]),
+    ({'size': 4}, 'LOOK', [('file', '4')]),
+    ({'kind': 'l', 'target': 'x', 'size': 0}, 'META', [('file', '')]),
+    ({'kind': '?'}, 'META', [('file', '')]),
+])
+def test_a_hint_says_what_may_have_changed(change, hint, expected):
+    steps = fr.plan(small_tree(d_f=change), small_tree(), {'d/f': getattr(fr, hint)})
+    assert [(step.verb, step.detail) for step in steps if step.path == 'd/f'] == expected
+
+
+def test_removals_go_from_the_deepest_up():
+    local, remote = small_tree(), small_tree()
+    local.put('d', None)
+    steps = [s for s in fr.plan(remote, local, all_paths(small_tree())) if s.verb != 'meta']
+    assert [(s.verb, s.path) for s in steps] == [('remove', 'd/s/g'), ('rmdir', 'd/s'), ('remove', 'd/f'),
+                                                 ('rmdir', 'd')]
+
+
+def test_what_is_listed_is_believed_where_it_is_ours():
+    local, known = small_tree(), small_tree(d_f={'size': 9})
+    known.put('was', fr.Entry('f', 0o644, 3, 10**18 + 7, '', (1, 50)))
+    known.put('changed', fr.Entry('f', 0o644, 3, 10**18 + 7, '', (1, 51)))
+    listed = [('', local.root._replace(inode=None)), ('d', fr.Entry('d', 0o700, 0, 5)),
+              ('d/f', local.get('d/f')._replace(inode=None, mtime_ns=10**18)),      # whole seconds: the same
+              ('l', fr.Entry('l', 0o777, 0, 10**18 + 5, 'elsewhere')),
+              ('theirs', fr.Entry('d', 0o755, 0, 1)), ('theirs/f', fr.Entry('f', 0o644, 1, 1)),
+              ('mine', fr.Entry('f', 0o644, 1, 1)),
+              ('was', fr.Entry('f', 0o644, 3, 10**18)), ('changed', fr.Entry('f', 0o644, 4, 10**18 + 7))]
+    remote = fr.believe(listed, local, known, lambda path, entry: path == 'mine')
+    assert {path: remote.get(path) for path in ['', *remote.below('')]} == {
+        '': local.root, 'd': listed[1][1], 'd/f': local.get('d/f'), 'l': listed[3][1], 'mine': listed[6][1],
+        'was': known.get('was'), 'changed': listed[8][1]}
+    assert set(fr.believe(listed, local, None, lambda path, entry: False).below('')) == {'d', 'd/f', 'l'}
+
+
+# ==== Records ===============================================================================================
+
+def test_a_record_is_header_paths_and_length():
+    assert fr.wire('') == b'.'
+    assert fr.wire('a b/c') == b'./a b/c'
+    assert fr.wire('new\n\nline') == b'./new/\n/\nline'
+    assert fr.wire(os.fsdecode(b'\xff')) == b'./\xff'
+    assert fr.record('meta', 7, ('-', '12'), [b'.', b'./a'], 0) == b'meta 7 2 - 12\n.\n./a\n0\n'
+    assert fr.record('beat', 8, (), [], 0).split() == [b'beat', b'8', b'0', b'0']
+
+
+@pytest.mark.parametrize('ns, fine, whole',
+                         [(0, '0', '0'), (10**18, '1000000000', '1000000000'),
+                          (10**18 + 5, '1000000000.000000005', '1000000000'), (-10**9, '-1', '-1'),
+                          (1, '0.000000001', '0'),
+                          (4102444800 * 10**9 + 120, '4102444800.000000120', '4102444800')])
+def test_a_time_is_written_as_touch_takes_it(ns, fine, whole, tmp_path):
+    assert (fr.seconds_of(ns, True), fr.seconds_of(ns, False)) == (fine, whole)
+    subprocess.run(['touch', '-d', '@' + fine, str(tmp_path)], check=True)
+    assert os.stat(str(tmp_path)).st_mtime_ns == ns
+
+
+@pytest.mark.parametrize('mode', [0o644, 0o600, 0o755, 0o4755, 0o1777, 0o000])
+def test_under_the_umask_a_new_file_can_never_do_more_than_it_shall(mode, tmp_path):
+    run_sh('dash', 'umask %s; : >f; mkdir d' % fr.umask_for(mode), cwd=tmp_path)
+    for name in ('f', 'd'):
+        assert stat.S_IMODE(os.stat(str(tmp_path / name)).st_mode) & ~mode == 0
+
+
+def members(names=SH_NAMES, content=bytes(range(256)), extra=True):
+    """Directories, files and links under hostile names, each once as the name and once as a target."""
+    out = [(b'b', fr.Entry('d', 0o700), b'')]
+    for number, name in enumerate(names):
+        when = [10**18, 1234567890123456789, 5 * 10**9 + 1][number % 3]
+        at = b'b/d%d' % number
+        data = [content * 3, b'', b'-n', content + b'\n', b"a\\n%s'\r\n"][number % 5]
+        inside = at + b'/' + name
+        out += [(at, fr.Entry('d', [0o755, 0o700, 0o2775][number % 3]), b''),
+                (inside, fr.Entry('f', [0o644, 0o600, 0o4755, 0o444][number % 4], len(data), when), data),
+                (at + b'/-l', fr.Entry('l', 0o777, 0, when, os.fsdecode(name)), b'')]
+    if extra:
+        deep = b'b/' + b'/'.join([b'x' * 90] * 3)
+        out += [(deep[:n], fr.Entry('d', 0o755), b'') for n in (92, 183, 274)]
+        out += [(deep + b'/f', fr.Entry('f', 0o644, 600, 10**18), b'y' * 600),
+                (deep + b'/l', fr.Entry('l', 0o777, 0, 10**18, 'z' * 1000), b'')]
+    return out
+
+
+def assert_unpacked(root, expected, whole_seconds, link_times=True):
+    tree = tree_of(os.fsencode(str(root)), whole_seconds)
+    for name, entry, data in expected:
+        kind, mode, mtime, what = tree[name]
+        assert (kind, what) == ({'f': stat.S_IFREG, 'd': stat.S_IFDIR, 'l': stat.S_IFLNK}[entry.kind],
+                                data if entry.kind == 'f' else os.fsencode(entry.target)), name
+        assert mode == entry.mode or entry.kind == 'l', name
+        if entry.mtime_ns is not None and (link_times or entry.kind != 'l'):
+            assert mtime == entry.mtime_ns // (10**9 if whole_seconds else 1), name
+
+
+@pytest.mark.parametrize('tar', ['tar', 'busybox tar'])
+def test_an_archive_is_read_by_tar(tar, tmp_path):
+    done = subprocess.run([need(tar.split()[0]), *tar.split()[1:], 'xpof', '-'],
+                          input=fr.archive(members()),
+                          cwd=str(tmp_path),
+                          stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT)
+    assert (done.returncode, done.stdout) == (0, b'')
+    assert_unpacked(tmp_path, members(), tar != 'tar', tar == 'tar')      # busybox's sets no times of links
+
+
+@pytest.mark.parametrize('shell', SHELLS)
+def test_a_script_writes_the_same_files_in_every_shell(shell, tmp_path):
+    content = bytes(range(128 if shell == 'yash' else 256))
+    what = members(names_for(shell), content)
+    for fine in [False] + [True] * (shell != 'busybox sh'):         # whose touch knows whole seconds only
+        root = tmp_path / str(fine)
+        root.mkdir()
+        (root / 's').write_bytes(fr.script(what, fine))
+        assert run_sh(shell, 'touch=touch failed=0; . ./s; echo $failed', cwd=root) == b'0\n'
+        assert_unpacked(root, what, not fine)
+
+
+# ==== The receiver's functions, one by one ==================================================================
+
+@pytest.mark.parametrize('shell', SHELLS)
+def test_a_path_is_read_as_it_was_written(shell, tmp_path):
+    names = names_for(shell) + [b'a/' + name for name in names_for(shell)]
+    lines = b''.join(fr.wire(os.fsdecode(name)) + b'\n' for name in names)
+    text = fr.RECEIVER + "newline='\n'\nn=0; while [ $n -lt COUNT ]; do get; printf '%s\\0' \"$p\"; "
+    text += 'n=$((n + 1)); done'
+    assert run_sh(shell,
+                  text.replace('COUNT', str(len(names))), lines,
+                  tmp_path).split(b'\0')[:-1] == [b'./' + name for name in names]
+
+
+@pytest.mark.parametrize('shell', SHELLS)
+def test_a_path_below_a_link_is_refused(shell, tmp_path):
+    (tmp_path / 'd' / 'e').mkdir(parents=True)
+    (tmp_path / 'f').write_bytes(b'')
+    (tmp_path / 'link').symlink_to('d')
+    (tmp_path / 'd' / 'up').symlink_to('..')
+    (tmp_path / 'dangling').symlink_to('none')
+    good = ['./x', './d', './d/x', './d/e/x', './link', './d/up', './d/e/x']
+    bad = [
+        './link/x', './f/x', './none/x', './d/up/x', './d/up/d/x', './dangling/x', './d/e/none/x',
+        './link/e/x'
+    ]
+    text = "checked=''; for p in %s; do if solid $p >/dev/null; then echo $p; fi; done" % ' '.join(good + bad)
+    assert run_sh(shell, fr.RECEIVER + text, cwd=tmp_path).decode().split() == good
+
+
+@pytest.mark.parametrize('taker', [0, 1, 2, 4, 6])
+@pytest.mark.parametrize('shell', SHELLS)
+def test_no_byte_too_many_is_taken_from_a_stream_that_dribbles(shell, taker, tmp_path):
+    """Taker 0 is the one that probe finds for itself."""
+    if taker and shell != 'dash':
+        pytest.skip('each taker once is enough')
+    text = fr.RECEIVER + (
+        "newline='\n'\nnonce=n stage=./st staged=''; do_probe >/dev/null; %s echo go; take 70001 | wc -c; "
+        "IFS= read -r line; echo \"$line\"" % ('taker=%d;' % taker if taker else ''))
+    process = subprocess.Popen(['sh', '-c', text],
+                               executable=need(shell.split()[0]),
+                               cwd=str(tmp_path),
+                               bufsize=0,
+                               stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b'go\n'
+    data = bytes(70001) + b'next line\n'
+    for at in range(0, len(data), 997):
+        process.stdin.write(data[at:at + 997])
+        time.sleep(0.0003)              # the writer dribbles; nothing is waited for
+    out, err = process.communicate(timeout=20)
+    assert (out.split(), err) == ([b'70001', b'next', b'line'], b'')
+
+
+@pytest.mark.parametrize('stream, code', [(b'n.\nnext\n', 0), (b'left over\nmoren.\nnext\n', 1),
+                                          (b'\0\xff/n.\nnext\n', 1)])
+@pytest.mark.parametrize('shell', SHELLS)
+def test_what_is_left_of_a_record_is_passed_over(shell, stream, code, tmp_path):
+    if shell == 'yash':
+        stream = stream.replace(b'\0\xff', b'x')
+    text = fr.RECEIVER + 'nonce=n; settle; echo $?; IFS= read -r line; echo "$line"'
+    assert run_sh(shell, text, stream, tmp_path) == b'%d\nnext\n' % code
+
+
+# ==== Far sides =============================================================================================
+
+class FarSide:
+    """A connection command, how the replica's parent is called over there, and where that is seen from here.
+    `whole` is true where times are kept to the second, `ascii` where only such names can be."""
+
+    def __init__(self, words, parent, seen=None, whole=False, ascii=False):
+        self.words, self.parent, self.seen = list(words), str(parent), str(seen or parent)
+        self.whole, self.ascii = whole, ascii
+
+
+def need_root():
+    if os.getuid():
+        refuse = pytest.fail if os.environ.get('REQUIRE_ALL') == '1' else pytest.skip
+        refuse('only root can make this far side')
+
+
+def without_tar(tmp, words):
+    """The same connection command where tar does not work."""
+    write(os.path.join(str(tmp), 'no-tar', 'tar'), '#!/bin/sh\nexit 1\n', 0o755)
+    path = next((word for word in words if word.startswith('PATH=')), 'PATH=' + os.environ['PATH'])
+    return ['env', 'PATH=%s/no-tar:%s' % (tmp, path[5:]), *words[2 * (words[0] == 'env'):]]
+
+
+def dash_root(directory):
+    """A root with dash as its shell and busybox's applets as its tools; none is called busybox or tar."""
+    busybox_root(directory, without=('tar', 'sh', 'ash', 'hush'))
+    os.rename(os.path.join(directory, 'bin', 'busybox'), os.path.join(directory, 'tools'))
+    for name in os.listdir(os.path.join(directory, 'bin')):
+        os.unlink(os.path.join(directory, 'bin', name))
+        os.symlink('../tools', os.path.join(directory, 'bin', name))
+    dash = need('dash')
+    libraries = subprocess.run(['ldd', dash], stdout=subprocess.PIPE, check=True).stdout.decode()
+    for library in re.findall(r'(/\S+) \(', libraries):
+        os.makedirs(directory + os.path.dirname(library), exist_ok=True)
+        shutil.copy(library, directory + library)
+    shutil.copy(dash, os.path.join(directory, 'bin', 'dash'))
+    os.symlink('dash', os.path.join(directory, 'bin', 'sh'))
+    return directory
+
+
+@pytest.fixture(scope='session')
+def sshd(tmp_path_factory):
+    """A real sshd on a free port of this machine, with its own keys: the ssh command that reaches it."""
+    daemon, keygen, ssh = need('sshd'), need('ssh-keygen'), need('ssh')
+    need_root()
+    directory = str(tmp_path_factory.mktemp('sshd'))
+    os.makedirs('/run/sshd', exist_ok=True)
+    for name in ('host', 'user'):
+        subprocess.run([keygen, '-q', '-t', 'ed25519', '-N', '', '-f',
+                        os.path.join(directory, name)],
+                       check=True)
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    write(os.path.join(directory, 'config'), (
+        'ListenAddress 127.0.0.1\nPort {1}\nHostKey {0}/host\nAuthorizedKeysFile {0}/user.pub\n'
+        'PidFile none\nUsePAM no\n'
+        'StrictModes no\nPermitRootLogin yes\nPasswordAuthentication no\nMaxStartups 100\n').format(
+            directory, port))
+    log = os.path.join(directory, 'log')
+    start = [daemon, '-D', '-f', os.path.join(directory, 'config'), '-E', log]
+    try:
+        pwd.getpwnam('sshd')
+    except KeyError:        # sshd wants that user: it gets a list of its own, the machine keeps its
+        write(os.path.join(directory, 'passwd'),
+              'root:x:0:0:root:/root:/bin/bash\nsshd:x:99:99::/run/sshd:/bin/false\n')
+        start = [
+            'unshare', '-m', 'sh', '-c', 'mount --bind "$0" /etc/passwd && exec "$@"', directory + '/passwd',
+            *start
+        ]
+    process = subprocess.Popen(start, stdin=subprocess.DEVNULL)
+    words = [
+        ssh, '-F', '/dev/null', '-p',
+        str(port), '-i',
+        os.path.join(directory, 'user'), '-o', 'BatchMode=yes', '-o', 'StrictHostKeyChecking=no', '-o',
+        'UserKnownHostsFile=/dev/null', '-o', 'LogLevel=ERROR', 'root@127.0.0.1'
+    ]
+    try:
+        until(
+            lambda: subprocess.run([*words, 'true'], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL).
+            returncode == 0, 20, lambda: open(log).read() if os.path.exists(log) else '')
+        yield words
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture(scope='session')
+def docker():
+    """The docker command: of the engine that answers, else of one of our own that needs nothing else.
+    There is an image `file_replicator_test` of busybox."""
+    client = need('docker')
+    if subprocess.run([client, 'info'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0:
+        words, process, directory = [client], None, tempfile.mkdtemp(prefix='fr-docker.')
+    else:
+        daemon = need('dockerd')
+        need_root()
+        directory = tempfile.mkdtemp(prefix='fr-docker.')
+        words = [client, '-H', 'unix://%s/socket' % directory]
+        with open(os.path.join(directory, 'log'), 'wb') as log:
+            process = subprocess.Popen([
+                daemon, '--data-root', directory + '/data', '--exec-root', directory + '/exec', '--pidfile',
+                directory + '/pid', '-H', words[2], '--storage-driver', 'vfs', '--bridge', 'none',
+                '--iptables=false', '--ip6tables=false'
+            ],
+                                       stdin=subprocess.DEVNULL,
+                                       stdout=log,
+                                       stderr=log,
+                                       start_new_session=True)
+    try:
+        until(
+            lambda: (not process or process.poll() is None or pytest.fail('dockerd ended')) and subprocess.
+            run([*words, 'info'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0, 60)
+        root = busybox_root(directory + '/root')
+        tar = subprocess.run(['tar', '-C', root, '-c', '.'], stdout=subprocess.PIPE, check=True).stdout
+        subprocess.run([*words, 'import', '-', 'file_replicator_test'],
+                       input=tar,
+                       stdout=subprocess.DEVNULL,
+                       check=True)
+        yield words
+        left = subprocess.run([*words, 'ps', '-aq', '--filter', 'ancestor=file_replicator_test'],
+                              stdout=subprocess.PIPE)
+        for name in left.stdout.decode().split():
+            subprocess.run([*words, 'rm', '-f', name], stdout=subprocess.DEVNULL)
+    finally:
+        if process:
+            process.terminate()
+            process.wait(30)
+        for place in ('data', 'exec'):
+            subprocess.run(['umount', '-R', directory + '/' + place], stderr=subprocess.DEVNULL)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def run_container(docker, name, volume):
+    os.makedirs(volume, exist_ok=True)
+    subprocess.run([
+        *docker, 'run', '-d', '--network', 'none', '--name', name, '-v', volume + ':/volume',
+        'file_replicator_test', 'sh', '-c', 'trap exit TERM; while :; do sleep 1; done'
+    ],
+                   stdout=subprocess.DEVNULL,
+                   check=True)
+
+
+@pytest.fixture
+def container(docker, tmp_path):
+    """The name of a running container, whose /volume is tmp_path/volume."""
+    name = 'fr-%d-%d' % (os.getpid(), time.monotonic_ns())
+    run_container(docker, name, str(tmp_path / 'volume'))
+    yield name
+    subprocess.run([*docker, 'rm', '-f', name], stdout=subprocess.DEVNULL)
+
+
+FAR_SIDES = [
+    *SHELLS, *(shell + ', no tar' for shell in ('bash', 'busybox sh', 'mksh', 'zsh')), 'chroot of busybox',
+    'chroot of busybox, no tar', 'chroot of dash', 'ssh bash', 'ssh sh', 'docker'
+]
+
+
+def make_far_side(kind, request, tmp_path):
+    there = tmp_path / 'there'
+    there.mkdir()
+    name, _, no_tar = kind.partition(', ')
+    if name in SHELLS:
+        words = shell_command(tmp_path, name)
+        shim = os.path.join(str(tmp_path), 'shims-' + name.split()[0], 'dash')
+        if os.path.lexists(shim):       # by the name of dash, zsh would not be a POSIX shell
+            os.unlink(shim)
+            write(shim, '#!/bin/sh\nexec %s "$@"\n' % os.path.join(os.path.dirname(shim), 'sh'), 0o755)
+        return FarSide(without_tar(tmp_path, words) if no_tar else words, there, ascii=name == 'yash')
+    if name.startswith('ssh'):
+        return FarSide([*request.getfixturevalue('sshd'), name.split()[1]], there)
+    if name == 'docker':
+        docker, container = request.getfixturevalue('docker'), request.getfixturevalue('container')
+        return FarSide([*docker, 'exec', '-i', container, 'sh'], '/volume', tmp_path / 'volume', whole=True)
+    need_root()
+    root = str(there)
+    if name == 'chroot of dash':
+        return FarSide([need('chroot'), dash_root(root), '/bin/sh'], '/srv', root + '/srv', whole=True)
+    busybox_root(root)
+    if no_tar:      # without the link the shell would still find its own, but not where this comes first
+        os.unlink(root + '/bin/tar')
+        write(root + '/bin/tar', '#!/bin/sh\nexit 1\n', 0o755)
+    return FarSide([need('chroot'), root, '/bin/busybox', 'sh'], '/srv', root + '/srv', whole=True)
+
+
+@pytest.fixture(params=FAR_SIDES)
+def far_side(request, tmp_path):
+    return make_far_side(request.param, request, tmp_path)
+
+
+def nasty_tree(root, ascii=False):
+    """Small, with one of everything that has ever gone wrong."""
+    top = os.fsencode(str(root))
+    names = [
+        name for name in SH_NAMES + [b'.hidden', b'..x', 'été'.encode(), b'a  b']
+        if name.isascii() or not ascii
+    ]
+    for number, name in enumerate(names):
+        write(os.path.join(top, name), b'content of %d' % number, mtime_ns=10**18 + number)
+        write(os.path.join(top, b'directories', name, name), b'', mtime_ns=10**18 + number * 10**9)
+        os.symlink(name, os.path.join(top, b'directories', name, b'link'))
+    for name, mode in (('0600', 0o600), ('0755', 0o755), ('0444', 0o444), ('4755', 0o4755), ('0666', 0o666)):
+        write(os.path.join(str(root), 'modes', name), name, mode)
+        write(os.path.join(str(root), 'modes', 'd' + name, 'f'), name, 0o640)
+        os.chmod(os.path.join(str(root), 'modes', 'd' + name), mode)
+    write(os.path.join(str(root), 'modes', 'd0555', 'f'), 'in a directory that may not be written')
+    for name, ns in (('1960', -315619200 * 10**9), ('fine', 1234567890123456789), ('1970', 1)):
+        write(os.path.join(str(root), 'times', name), name, mtime_ns=ns)
+    for name, data in (('nul', bytes(256 * 5)), ('bytes', bytes(range(256)) * 300),
+                       ('crlf', b'a\r\nb\rc\n\r\n'), ('no newline', b'no newline'),
+                       ('newlines', b'\n' * 1000), ('percent', b'%s %d \\n \\0 %%' * 99),
+                       ('shell', b"'; rm -rf \"$PWD\" `touch x` $(touch y)\n"), ('empty', b''), ('-n',
+                                                                                                 b'-n')):
+        write(os.path.join(str(root), 'contents', name), data)
+    write(os.path.join(str(root), 'large', 'l'),
+          random.Random(1).getrandbits(8 * 3 * 10**6).to_bytes(3 * 10**6, 'big'))
+    os.makedirs(os.path.join(str(root), 'empty', 'empty'))
+    for name, target in (('dangling', 'no such'), ('to a directory', 'modes'), ('absolute', '/etc/passwd'),
+                         ('newline', 'a\nb\n'), ('up', '../..'), ('long', 'x/' * 400), ('-dash', '-rf'),
+                         ('itself', 'itself')):
+        os.symlink(target, os.path.join(str(root), 'contents', name))
+    os.chmod(os.path.join(str(root), 'modes', 'd0555'), 0o555)
+    for directory in ('empty', 'directories', 'modes/d0555', '.'):
+        os.utime(os.path.join(str(root), directory), ns=(0, 10**18 + 123456789))
+
+
+def counting(words, count):
+    """The connection command, with all that is sent to it copied to the file `count`."""
+    return ['sh', '-c', 'tee -a "$0" | exec "$@"', str(count), *words]
+
+
+def test_a_nasty_tree_arrives_and_a_restart_sends_nothing_and_edits_follow(far_side, tmp_path):
+    source, replica = str(tmp_path / 'tree'), os.path.join(far_side.seen, 'tree')
+    nasty_tree(source, far_side.ascii)
+    done = once('--no-replicate-on-change', source, far_side.parent, *far_side.words)
+    assert difference(source, replica, far_side.whole) == []
+    assert done.stderr == '' and 'in step' in done.stdout
+
+    count = tmp_path / 'count'
+    done = once('--no-replicate-on-change', source, far_side.parent, *counting(far_side.words, count))
+    assert done.stdout.split('\n') == ['in step', ''], done.stdout
+    assert count.stat().st_size < 3 * len(fr.RECEIVER)
+    assert difference(source, replica, far_side.whole) == []
+
+    with Running(tmp_path, source, far_side.parent, *far_side.words) as run:
+        for edit in ('echo more >>crlf; rm nul; mv bytes renamed; mkdir -p a/b/c; echo deep >a/b/c/f',
+                     'chmod 600 crlf; ln -sf other up',
+                     'mv ../modes moved; : >../large/l; touch -d @1000000000 shell; chmod 700 ../empty',
+                     'rm -rf ../directories moved/d0755; mkdir nul; echo file >nul/f; printf %s "-n" >-n'):
+            subprocess.run(['sh', '-c', edit], cwd=os.path.join(source, 'contents'), check=True)
+            until_equal(source, replica, whole_seconds=far_side.whole, running=run)
+        assert run.err() == ''
+        assert run.stop() == 0
+    assert difference(source, replica, far_side.whole) == []
+
+
+def test_a_time_that_is_still_to_come_is_kept_and_not_sent_again(tmp_path):
+    write(str(tmp_path / 's' / 'f'), 'x', mtime_ns=4102444800 * 10**9)
+    for sent in (True, False):
+        done = once('--no-replicate-on-change', tmp_path / 's', tmp_path / 'd', 'bash')
+        assert ('sent f' in done.stdout) == sent
+        assert difference(str(tmp_path / 's'), str(tmp_path / 'd' / 's')) == []
+
+
+@pytest.mark.parametrize(
+    'kind', ['bash', 'bash, no tar', 'busybox sh', 'chroot of busybox', 'chroot of dash', 'docker'])
+def test_a_link_among_many_files_keeps_its_time(kind, request, tmp_path):
+    far_side = make_far_side(kind, request, tmp_path)
+    for name in 'abc':
+        write(str(tmp_path / 's' / name), name)
+    os.symlink('a', str(tmp_path / 's' / 'l'))
+    os.utime(str(tmp_path / 's' / 'l'), (10**9, 10**9), follow_symlinks=False)
+    once('--no-replicate-on-change', tmp_path / 's', far_side.parent, *far_side.words)
+    assert difference(str(tmp_path / 's'), os.path.join(far_side.seen, 's'), far_side.whole) == []
+
+
+# ==== While it is watched ===================================================================================
+
+class Watched:
+    """The program watching a directory: `source` is replicated to `replica` by bash."""
+
+    def __init__(self, tmp, *options, words=('bash',), env=None, prepare=None):
+        self.source, self.replica = os.path.join(str(tmp), 'here',
+                                                 'tree'), os.path.join(str(tmp), 'there', 'tree')
+        os.makedirs(self.source)
+        if prepare:
+            prepare(self.source)
+        self.run = Running(tmp, *options, self.source, os.path.dirname(self.replica), *words, env=env)
+
+    def sh(self, text, at='', **environment):
+        done = subprocess.run(['bash', '-c', 'set -e\n' + text],
+                              cwd=os.path.join(self.source, at),
+                              stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT,
+                              env=dict(os.environ, **environment))
+        assert done.returncode == 0, done.stdout.decode()
+
+    def equal(self, within=15.0, at=''):
+        until_equal(os.path.join(self.source, at), os.path.join(self.replica, at), within, running=self.run)
+
+    def __enter__(self):
+        self.run.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.run.__exit__(*error)
+
+
+@pytest.fixture(scope='module')
+def shared_watch(tmp_path_factory):
+    """One program for the many small changes, each in a directory of its own."""
+    with Watched(tmp_path_factory.mktemp('watched')) as watched:
+        yield watched
+
+
+CHANGES = '''
+a new file                  | echo new >new
+an empty file               | : >new
+overwritten                 | echo other >f
+overwritten, same size      | printf 'FIRST\\n' >f
+bytes changed, time put back| touch -r f ../stamp; printf X | dd of=f conv=notrunc; touch -r ../stamp f
+appended                    | echo more >>f
+truncated                   | truncate -s 2 f
+emptied                     | : >f
+made longer by a hole       | truncate -s 100000 f
+mode of a file              | chmod 600 f
+mode with setuid            | chmod 4755 f
+nobody may read it          | chmod 0 f
+mode of a directory         | chmod 700 d
+time of a file              | touch -d '2001-02-03 04:05:06.789' f
+time of a directory         | touch -d '2001-02-03 04:05:06.789' d
+time of a link              | touch -h -d '2001-02-03 04:05:06.789' l
+a file is renamed           | mv f g
+a link is renamed           | mv l m
+renamed over another        | mv f d/f
+renamed into a new directory| mkdir n; mv f n/f
+two files change places     | mv f t; mv d/f f; mv t d/f
+a directory is renamed      | mv d e
+renamed, then changed       | mv d e; echo more >>e/f
+renamed and a new one there | mv d e; mkdir d; echo new >d/f
+two directories change places | mkdir x; echo x >x/x; mv d t; mv x d; mv t x
+a directory goes up         | mv d/e .
+a directory goes down       | mkdir n; mv d n/
+in from elsewhere           | mkdir -p "$OUT/in/sub"; echo in >"$OUT/in/sub/f"; mv "$OUT/in" .
+a file in from elsewhere    | echo in >"$OUT/file"; mv "$OUT/file" g
+out of the tree             | mv d "$OUT/out-$$"
+out, changed, and in again  | mv d "$OUT/o-$$"; echo out >"$OUT/o-$$/f"; mv "$OUT/o-$$" d
+a file becomes a directory  | rm f; mkdir f; echo in >f/f
+a directory becomes a file  | rm -r d; echo file >d
+a file becomes a link       | ln -sf d/f f
+a link becomes a file       | rm l; echo file >l
+a directory becomes a link  | rm -r d; ln -s . d
+a link becomes a directory  | rm l; mkdir l; echo in >l/f
+a link leads elsewhere      | ln -sfn d l
+a file is deleted           | rm f
+a directory is deleted      | rm -r d
+deleted and made anew       | rm -r d; mkdir d; echo new >d/f
+a second name               | ln f h
+a second name, written to   | ln f h; sleep 0.01; echo more >>h
+a link with two names       | ln -P l m; sleep 0.01; touch -h -d @1000000000 l
+one of two names is deleted | ln f h; rm f
+directories and a file in it| mkdir -p a/b/c && echo in >a/b/c/f
+a link that leads to a dash  | ln -s -- -l m; ln -s -- '-f l' n
+a copied tree               | cp -a d copy; cp -r /etc/init.d init
+saved by a rename           | echo new >.f.tmp; mv .f.tmp f
+saved by rename, with backup| ln f f~; echo new >.f.tmp; mv .f.tmp f
+strange names               | : >"$(printf 'a\\nb')"; mkdir ./-rf; echo x >'-rf/$(x)'; mv f '*'; ln -s "'" q
+sed -i                      | sed -i s/first/second/ f
+patch                       | printf -- '--- f\\n+++ f\\n@@ -1 +1 @@\\n-first\\n+patched\\n' | patch -s f
+vim                         | vim -es -u NONE -c 'normal ovim' -c 'set backup writebackup' -c wq f
+vim with swap and undo      | vim -N -es -u NONE -c 'set undofile' -c 'normal ovim' -c wq f
+emacs                       | emacs --batch -Q f --eval '(progn (insert "emacs") (save-buffer))' 2>/dev/null
+tar                         | tar -C d -cf - . | (mkdir u; tar -C u -xpf -)
+many files at once          | for i in $(seq 200); do echo $i >many$i; done
+many made and deleted       | for i in $(seq 100); do echo $i >many$i; done; rm many*; echo last >many1
+a file grows                | for i in $(seq 300); do echo $i >>grown; done
+'''
+
+
+@pytest.mark.parametrize('change', [pytest.param(line.split('|', 1)[1].strip(), id=line.split('|')[0].strip())
+                                    for line in CHANGES.strip().split('\n')])
+def test_while_watched_a_change_arrives(change, shared_watch, tmp_path, request):
+    for tool in ('patch', 'vim', 'emacs'):
+        if change.startswith(tool) or '| %s' % tool in change:
+            need(tool)
+    at = re.sub(r'\W+', '-', request.node.callspec.id)
+    shared_watch.sh(
+        'mkdir -p "$AT/d/e"; cd "$AT"; echo first >f; echo in d >d/f; echo in e >d/e/f; ln -s f l', AT=at)
+    shared_watch.equal(8, at)
+    shared_watch.sh(change, at, OUT=str(tmp_path))
+    shared_watch.equal(8, at)
+    shared_watch.sh('rm -rf "$AT" stamp', AT=at)
+
+
+def test_a_log_that_is_kept_open_arrives_within_about_a_second(shared_watch):
+    os.mkdir(os.path.join(shared_watch.source, 'log'))
+    with open(os.path.join(shared_watch.source, 'log', 'f'), 'ab', 0) as log:
+        for line in (b'first\n', b'second\n', b'third\n'):
+            log.write(line)
+            shared_watch.equal(3, 'log')
+
+
+def test_a_file_that_is_always_being_written_to_arrives_all_the_same(shared_watch):
+    script = 'for i in $(seq 100000); do echo $i; sleep 0.02; done >busy/f'
+    write(os.path.join(shared_watch.source, 'busy', 'f'))
+    shared_watch.equal(at='busy')
+    writer = subprocess.Popen(['bash', '-c', script], cwd=shared_watch.source, start_new_session=True)
+    try:
+        path = os.path.join(shared_watch.replica, 'busy', 'f')
+        seen = until(lambda: os.path.exists(path) and os.path.getsize(path), 8)
+        until(lambda: os.path.getsize(path) > seen, 5)
+    finally:
+        os.killpg(writer.pid, signal.SIGKILL)
+        writer.wait()
+    shared_watch.equal(at='busy')
+
+
+def test_directories_made_and_filled_at_once_are_not_missed(shared_watch):
+    shared_watch.sh(
+        'for i in $(seq 80); do mkdir -p race/$i/b/c && echo $i >race/$i/b/c/f && echo $i >race/$i/f; done')
+    shared_watch.equal(at='race')
+    shared_watch.sh(
+        'for i in $(seq 80); do mv race/$i/b race/$i/e; rm race/$i/f; echo more >race/$i/e/new; done')
+    shared_watch.equal(at='race')
+
+
+def test_a_directory_is_watched_before_its_time_is_taken(shared_watch):
+    """What is put in between the look at it and the watch on it changes its time, and no event tells."""
+    for number in range(150):
+        path = os.path.join(shared_watch.source, 'late', str(number))
+        os.makedirs(path)
+        end = time.monotonic() + 0.00002 * number
+        while time.monotonic() < end:
+            pass
+        write(os.path.join(path, 'f'))
+        if number % 10 == 9:
+            shared_watch.equal(5, 'late')
+
+
+@pytest.mark.parametrize('change', [
+    'mv d e', 'mv d/sub sub', 'mv d/sub d/renamed; mv d e', 'mv d e; mv e/sub e/renamed; mv e f',
+    'mkdir n; mv d n/; mv n/d/sub n/'
+])
+def test_a_renamed_directory_is_not_sent_again(change, tmp_path):
+    def prepare(source):
+        for number in range(50):
+            write(os.path.join(source, 'd', 'sub', str(number)), b'%d' % number * 25000)
+    count = tmp_path / 'count'
+    with Watched(tmp_path, words=counting(['bash'], count), prepare=prepare) as watched:
+        before = count.stat().st_size
+        watched.sh(change)
+        watched.equal()
+        assert count.stat().st_size - before < 20000
+        assert 'renamed d' in watched.run.out()
+
+
+def test_of_a_large_file_only_what_changed_is_sent(tmp_path):
+    data = random.Random(0).getrandbits(8 * 20 * 10**6).to_bytes(20 * 10**6, 'big')
+    count = tmp_path / 'count'
+    with Watched(tmp_path,
+                 words=counting(['bash'], count),
+                 prepare=lambda source: write(source + '/large', data)) as watched:
+        for change in ("printf 'twenty bytes at end\\n' >>large",
+                       'printf inside | dd of=large bs=1 seek=9000000 conv=notrunc',
+                       'truncate -s 15000000 large'):
+            before = count.stat().st_size
+            watched.sh(change)
+            watched.equal()
+            assert count.stat().st_size - before < 10**6
+
+
+def test_a_work_tree_that_hops_between_commits_stays_the_same(tmp_path):
+    need('git')
+
+    def prepare(source):
+        rng = random.Random(5)
+        git = [
+            'git', '-C', source, '-c', 'user.name=x', '-c', 'user.email=x@x', '-c', 'core.hooksPath=/dev/null'
+        ]
+        subprocess.run([*git, 'init', '-q', source], check=True)
+        for commit in range(5):
+            for _ in range(40):
+                path = 'd%d/e%d/f%d' % tuple(rng.randrange(4) for _ in range(3))
+                if rng.random() < 0.7:
+                    write(os.path.join(source, path),
+                          str(rng.random()) * rng.randrange(50), rng.choice([0o644, 0o755]))
+                elif os.path.lexists(os.path.join(source, path)):
+                    os.unlink(os.path.join(source, path))
+            write(os.path.join(source, 'changing%d' % (commit % 2), 'f'), str(commit))
+            shutil.rmtree(os.path.join(source, 'changing%d' % ((commit + 1) % 2)), ignore_errors=True)
+            subprocess.run([*git, 'add', '-A'], check=True)
+            subprocess.run([*git, 'commit', '-q', '-m', 'x'], check=True)
+            subprocess.run([*git, 'tag', 'c%d' % commit], check=True)
+
+    def unlike(watched):
+        return [line for line in difference(watched.source, watched.replica)
+                if not line.startswith(("'.git'", "'.git/", '".git/', "'.':"))]
+
+    with Watched(tmp_path, prepare=prepare) as watched:
+        for commit in (0, 3, 1, 4, 2, 0):
+            watched.sh('git checkout -q c%d' % commit)
+            until(lambda: not unlike(watched), 15, lambda: unlike(watched))
+        watched.sh('git checkout -q c1; git checkout -q c4; git checkout -q c0; git checkout -q c3')
+        until(lambda: not unlike(watched), 15, lambda: unlike(watched))
+        assert not os.path.exists(os.path.join(watched.replica, '.git'))
+
+
+def test_what_is_changed_during_the_initial_replication_arrives_too(tmp_path):
+    source, replica = str(tmp_path / 's'), str(tmp_path / 'd' / 's')
+    for number in range(3000):
+        write('%s/%d/%d' % (source, number % 30, number), str(number) * 100)
+    write(source + '/large', bytes(30 * 10**6))
+    with Running(tmp_path, source, tmp_path / 'd', *'sh -c'.split(), 'cat | bash', wait=False) as run:
+        rng = random.Random(1)
+        for number in range(400):
+            path = '%s/%d/%d' % (source, rng.randrange(30), rng.randrange(3000))
+            if number % 10 == 0:
+                with contextlib.suppress(OSError):
+                    os.rename('%s/%d' % (source, rng.randrange(30)), '%s/renamed%d' % (source, number))
+            elif number % 10 == 1:
+                with open(source + '/large', 'r+b') as file:
+                    file.seek(rng.randrange(3 * 10**7))
+                    file.write(b'changed')
+            elif os.path.exists(os.path.dirname(path)):
+                write(path, 'changed %d' % number)
+            time.sleep(0.001)           # to spread the edits; nothing is waited for
+        until_equal(source, replica, running=run)
+
+
+@contextlib.contextmanager
+def kernel_setting(name, value):
+    need_root()
+    with open(name) as file:
+        before = file.read()
+    try:
+        with open(name, 'w') as file:
+            file.write(str(value))
+        yield
+    finally:
+        with open(name, 'w') as file:
+            file.write(before)
+
+
+QUEUE = '/proc/sys/fs/inotify/max_queued_events'
+
+
+def test_a_queue_of_events_that_ran_over_is_made_good(tmp_path):
+    with contextlib.ExitStack() as stack:
+        with kernel_setting(QUEUE, 16):         # taken when the queue is made, so it can go back at once
+            watched = stack.enter_context(Watched(tmp_path))
+        for number in range(2):
+            watched.sh('for i in $(seq 100); do mkdir -p d%d/$i; echo $i >d%d/$i/f; done' % (number, number))
+            watched.equal()
+        watched.sh('rm -r d0; mv d1 e; for i in $(seq 100); do echo more >>e/$i/f; done')
+        watched.equal()
+        assert 'lost events' in watched.run.err()
+
+
+def polls(watched):
+    watched.sh('mkdir -p n/e/w; echo new >n/e/w/f; echo more >>f')
+    watched.equal()
+    watched.sh('mv n m; rm f; ln -s m l')
+    watched.equal()
+
+
+def test_more_directories_than_may_be_watched_are_polled_and_that_is_said_once(tmp_path):
+    """The limit is that of a namespace of its own."""
+    need_root()
+    need('unshare')
+    source = tmp_path / 'here' / 'tree'
+    for number in range(30):
+        write(str(source / str(number) / 'f'))
+    limited = [
+        'unshare', '-U', '-r', 'sh', '-c', 'echo 10 >/proc/sys/user/max_inotify_watches && exec "$@"', 'sh'
+    ]
+    out = tmp_path / 'out'
+    with open(str(out), 'wb') as file:
+        process = subprocess.Popen([*limited, *command(source, tmp_path / 'there', 'bash')],
+                                   stdin=subprocess.DEVNULL,
+                                   stdout=file,
+                                   stderr=file,
+                                   start_new_session=True)
+    try:
+        until_equal(str(source), str(tmp_path / 'there' / 'tree'))
+        write(str(source / '29' / 'new'), 'new')
+        until_equal(str(source), str(tmp_path / 'there' / 'tree'))
+        write(str(source / '3' / 'new'), 'new')
+        until_equal(str(source), str(tmp_path / 'there' / 'tree'))
+        said = out.read_text()
+        assert said.count('max_user_watches') == 1 and 'is looked at every' in said, said
+    finally:
+        process.terminate()
+        assert process.wait(5) == 0
+
+
+def test_without_inotify_simple_it_polls_and_says_what_to_install(tmp_path):
+    write(str(tmp_path / 'stub' / 'inotify_simple.py'), 'raise ImportError("not here")\n')
+    with Watched(tmp_path, env={'PYTHONPATH': str(tmp_path / 'stub')}) as watched:
+        polls(watched)
+        assert watched.run.err().count('pip install inotify_simple') == 1
+
+
+def test_git_ending_in_between_ends_nothing_else(tmp_path):
+    """It does so at paths it does not like."""
+    need('git')
+    with Watched(tmp_path) as watched:
+        for number in range(3):
+            watched.sh('echo new >new%d' % number)
+            watched.equal()
+            for pid in watched.run.connections():
+                with open('/proc/%d/cmdline' % pid, 'rb') as file:
+                    if b'check-ignore' in file.read():
+                        os.kill(pid, signal.SIGKILL)
+        assert 'connection lost' not in watched.run.err()
+
+
+def test_poll_looks_at_everything_at_an_interval(tmp_path):
+    with Watched(tmp_path, '--poll', '0.2') as watched:
+        polls(watched)
+        assert 'inotify_simple' not in watched.run.err()
+
+
+# ==== The connection ========================================================================================
+
+def test_a_connection_that_was_killed_is_made_again_and_what_changed_meanwhile_is_sent(tmp_path):
+    up = tmp_path / 'up'
+    up.write_bytes(b'')
+    words = ['sh', '-c', 'test -e "$0" && exec bash', up]
+    with Watched(tmp_path, words=words, prepare=lambda source: write(source + '/d/f', 'old')) as watched:
+        for number in range(1, 3):
+            up.unlink()
+            watched.run.cut()
+            watched.sh('echo new >>d/f; echo other >n%d; mv d e; mv e d; rm -f n%d' % (number, number - 1))
+            until(lambda: watched.run.err().count('connection lost') == number)
+            assert not os.path.exists(os.path.join(watched.replica, 'n%d' % number))
+            up.write_bytes(b'')
+            watched.equal()
+            watched.run.says('connected again')
+            until(lambda: watched.run.err().count('connected again') == number)
+        assert len(watched.run.err().strip().split(
+            '\n')) == 4, watched.run.err()        # one line lost, one line back
+
+
+@pytest.mark.parametrize('kind', ['bash', 'chroot of busybox', 'ssh bash', 'docker'])
+def test_what_was_being_sent_when_the_connection_ended_arrives(kind, request, tmp_path):
+    far_side = make_far_side(kind, request, tmp_path)
+    source, replica = str(tmp_path / 'tree'), os.path.join(far_side.seen, 'tree')
+    for number in range(300):
+        write('%s/%d/%d' % (source, number % 7, number), str(number) * 3000)
+    write(source + '/large', random.Random(3).getrandbits(8 * 2 * 10**7).to_bytes(2 * 10**7, 'big'))
+    with Running(tmp_path, '--wait', source, far_side.parent, *far_side.words, wait=False) as run:
+        for number in range(3):
+            until(lambda: os.path.isdir(replica) and os.listdir(replica) and run.connections())
+            write(source + '/fresh%d' % number, 'x')
+            run.cut()
+        until_equal(source, replica, whole_seconds=far_side.whole, running=run)
+
+
+def test_a_container_that_is_made_anew_gets_everything_without_a_restart(docker, tmp_path):
+    name, source = 'fr-anew-%d' % os.getpid(), str(tmp_path / 'tree')
+    nasty_tree(source)
+    try:
+        run_container(docker, name, str(tmp_path / 'v1'))
+        with Running(tmp_path, source, '/volume', *docker, 'exec', '-i', name, 'sh') as run:
+            assert difference(source, str(tmp_path / 'v1' / 'tree'), True) == []
+            subprocess.run([*docker, 'rm', '-f', name], stdout=subprocess.DEVNULL, check=True)
+            write(source + '/while it was away', 'x')
+            run_container(docker, name, str(tmp_path / 'v2'))
+            until_equal(source, str(tmp_path / 'v2' / 'tree'), whole_seconds=True, running=run)
+            write(source + '/after it was back', 'x')
+            until_equal(source, str(tmp_path / 'v2' / 'tree'), whole_seconds=True, running=run)
+            assert run.err().count('connection lost') == run.err().count('connected again') == 1
+    finally:
+        subprocess.run([*docker, 'rm', '-f', name], stdout=subprocess.DEVNULL)
+
+
+# ==== Churn: random changes, as fast as they come, and a connection that is cut =============================
+
+class Churn:
+    """Random operations on a directory, the same for the same seed. Nothing is written through a link."""
+
+    NAMES = [
+        b'a', b'b c', b'-rf', b'$(touch pwned)', b"q'uote", b'"d', b'new\nline', b'trail\n', b'\xff\xfe',
+        b'back\\slash', b'*', b'.dot', b'..x', b'[b]', b'\x01\x7f', b'e' * 200, b'.file_replicator.x',
+        b'file 1 1', b' lead', b'tail ', b'~', b'#', b'='
+    ]
+    TIMES = [10**18 + 5, -3 * 10**9, 4102444800 * 10**9, 1234567890123456789]
+
+    def __init__(self, root, seed):
+        self.root, self.rng = os.fsencode(str(root)), random.Random(seed)
+        self.operations = [getattr(self, name) for name in sorted(vars(Churn)) if name.startswith('do_')]
+
+    def run(self, times):
+        for _ in range(times):
+            self.entries, self.directories = [], [self.root]
+            for directory, directories, files in os.walk(self.root):
+                self.entries += [os.path.join(directory, name) for name in directories + files]
+                self.directories += [path for path in (os.path.join(directory, name) for name in directories)
+                                     if not os.path.islink(path)]
+            with contextlib.suppress(OSError):
+                self.rng.choice(self.operations)()
+
+    def any(self):
+        return self.rng.choice(self.entries) if self.entries else self.root + b'/none'
+
+    def new(self):
+        number = b'%d' % self.rng.randrange(30) if self.rng.random() < 0.6 else b''
+        return os.path.join(self.rng.choice(self.directories), self.rng.choice(self.NAMES) + number)
+
+    def bytes(self, count):
+        return self.rng.getrandbits(8 * count).to_bytes(count, 'big') if count else b''
+
+    def write(self, path, data, flags=os.O_CREAT | os.O_TRUNC, at=None):
+        fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | flags, 0o644)
+        try:
+            if at is not None:
+                os.lseek(fd, at, os.SEEK_SET)
+            os.write(fd, data)
+        finally:
+            os.close(fd)
+
+    def do_create(self):
+        self.write(self.new(), self.bytes(self.rng.choice([0, 1, 50, 5000, 70000])))
+
+    def do_create_slowly(self):
+        path = self.new()
+        self.write(path, b'x' * 100)
+        time.sleep(0.005)
+        self.write(path, b'y' * 100, os.O_APPEND)
+
+    def do_append(self):
+        self.write(self.any(), self.bytes(self.rng.choice([1, 100, 3000])), os.O_APPEND)
+
+    def do_rewrite_at_the_same_size(self):
+        path = self.any()
+        self.write(path, self.bytes(os.lstat(path).st_size))
+
+    def do_write_within(self):
+        path = self.any()
+        self.write(path, b'12345', 0, self.rng.randrange(os.lstat(path).st_size + 1))
+
+    def do_truncate(self):
+        path = self.any()
+        if not os.path.islink(path):
+            os.truncate(path, self.rng.randrange(os.path.getsize(path) + 1))
+
+    def do_mkdir(self):
+        os.mkdir(self.new())
+
+    def do_directories(self):
+        path = self.new()
+        os.makedirs(path + b'/x/y')
+        self.write(path + b'/x/y/f', b'deep')
+
+    def do_rename(self):
+        os.rename(self.any(), self.new())
+
+    def do_rename_directory(self):
+        path = self.rng.choice(self.directories)
+        if path != self.root:
+            os.rename(path, self.new())
+
+    def do_replace_by_another_kind(self):
+        path = self.any()
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path)
+            self.write(path, b'was a directory')
+        else:
+            os.unlink(path)
+            os.mkdir(path)
+            self.write(path + b'/was', b'a file')
+
+    def do_link(self):
+        os.symlink(self.rng.choice([b'a', b'/no/such', b'../x', b'dangling\n', b'-l/', b"q'", b'.']),
+                   self.new())
+
+    def do_hard_link(self):
+        os.link(self.any(), self.new(), follow_symlinks=False)
+
+    def do_chmod(self):
+        path = self.any()
+        if not os.path.islink(path):
+            os.chmod(path, self.rng.choice([0o644, 0o600, 0o755, 0o444, 0o700, 0o640, 0o4755, 0o1777, 0o000]))
+
+    def do_touch(self):
+        os.utime(self.any(), ns=(0, self.rng.choice(self.TIMES)), follow_symlinks=False)
+
+    def do_delete(self):
+        os.unlink(self.any())
+
+    def do_delete_directory(self):
+        path = self.rng.choice(self.directories)
+        if path != self.root and self.rng.random() < 0.5:
+            shutil.rmtree(path)
+
+    def do_save_atomically(self):
+        path = self.any()
+        self.write(os.path.dirname(path) + b'/tmp~', self.bytes(100))
+        os.rename(os.path.dirname(path) + b'/tmp~', path)
+
+
+@pytest.mark.parametrize(
+    'kind', ['bash', 'dash', 'bash, a tiny queue', 'bash, no tar', 'chroot of busybox', 'docker'])
+def test_after_random_changes_and_cut_connections_the_replica_is_the_same(kind, request, tmp_path):
+    """CHURN_SECONDS is how long (5), SEED replays a run; it is in the test's output."""
+    kind, tiny, _ = kind.partition(', a tiny queue')
+    far_side = make_far_side(kind, request, tmp_path)
+    seed = int(os.environ.get('SEED') or random.randrange(10**6))
+    seconds = float(os.environ.get('CHURN_SECONDS') or 5)
+    print('SEED=%d' % seed)
+    source, replica = str(tmp_path / 'tree'), os.path.join(far_side.seen, 'tree')
+    os.mkdir(source)
+    churn = Churn(source, seed)
+    churn.run(100)
+    with contextlib.ExitStack() as stack:
+        with kernel_setting(QUEUE, 16) if tiny else contextlib.suppress():
+            run = stack.enter_context(Running(tmp_path, source, far_side.parent, *far_side.words))
+        start, cuts = time.monotonic(), 0
+        while time.monotonic() < start + seconds:
+            churn.run(churn.rng.randrange(1, 30))
+            time.sleep(churn.rng.choice([0, 0, 0.001, 0.01, 0.1]))
+            if time.monotonic() > start + seconds * (cuts + 1) / 4:
+                run.cut()
+                cuts += 1
+        until_equal(source, replica, 40, far_side.whole, run)
+        assert run.stop() == 0
+    assert difference(source, replica, far_side.whole) == [], 'SEED=%d' % seed
+
+
+# ==== Command line ==========================================================================================
+
+@pytest.fixture
+def tree(tmp_path):
+    """tmp_path/src with two files, and tmp_path/dst."""
+    write(str(tmp_path / 'src' / 'a'), 'a')
+    write(str(tmp_path / 'src' / 'sub' / '.b'), 'b')
+    (tmp_path / 'dst').mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    'words',
+    [[], ['{}/src'], ['{}/src', '{}/dst'], ['{}/src', '{}/dst', '--'], ['{}/src', 'dst', 'bash'],
+     ['{}/src', './dst', 'bash'], ['{}/src', '~/dst', 'bash'], ['{}/src', '', 'bash'],
+     ['{}/none', '{}/dst', 'bash'], ['{}/src/a', '{}/dst', 'bash'], ['/', '{}/dst', 'bash'],
+     ['--no-such-option', '{}/src', '{}/dst', 'bash'], ['--poll', '0', '{}/src', '{}/dst', 'bash'],
+     ['--poll', '{}/src', '{}/dst', 'bash'], ['--exclude', '', '{}/src', '{}/dst', 'bash'], ['--exclude']],
+    ids=' '.join)
+def test_a_wrong_command_line_is_refused_with_status_2(words, tree):
+    done = once(*(word.replace('{}', str(tree)) for word in words), expect=2)
+    assert done.stdout == '' and 'error: ' in done.stderr
+    assert os.listdir(str(tree / 'dst')) == []
+
+
+@pytest.mark.parametrize('words, says',
+                         [(['false'], 'status 1'), (['true'], 'no shell'),
+                          (['no-such-command'], 'cannot run'), (['sh', '-c', 'exit 127'], '127'),
+                          (['sh', '-c', 'echo the engine is away >&2; exit 125'], 'the engine is away'),
+                          (['cat'], 'no shell')],
+                         ids=str)
+def test_a_connection_that_never_was_ends_it_with_status_1_and_what_was_said(words, says, tree):
+    done = once(tree / 'src', tree / 'dst', *words, expect=1, timeout=15)
+    assert says in done.stderr.strip().split('\n')[-1], done.stderr
+
+
+@pytest.mark.parametrize('parent', ['{}/src/a', '/proc/none', '/dev/null/x'])
+def test_a_destination_that_cannot_be_made_ends_it_with_status_1(parent, tree):
+    assert 'cannot make the directory' in once(tree / 'src',
+                                               parent.replace('{}', str(tree)),
+                                               'bash',
+                                               expect=1).stderr
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_stopped_as_asked_it_ends_with_status_0_and_leaves_nothing_behind(number, tree):
+    with Running(tree, tree / 'src', tree / 'dst', 'bash') as run:
+        connections = run.connections()
+        assert run.stop(number) == 0
+    assert run.err() == ''
+    assert difference(str(tree / 'src'), str(tree / 'dst' / 'src')) == []
+    assert not any(os.path.exists('/proc/%d' % pid) for pid in connections)
+
+
+def test_it_says_its_version_and_shows_how_it_is_used():
+    assert once('--version').stdout == 'file_replicator %s\n' % fr.__version__
+    text = once('--help').stdout
+    for words in ('ssh ', 'docker exec -i', 'docker-compose exec -T', 'kubectl exec -i', '--clean-out-first',
+                  '--with-initial-replication', '--no-initial-replication', '--replicate-on-change',
+                  '--no-replicate-on-change', '--no-delete', '--mirror'):
+        assert words in text
+
+
+@pytest.mark.parametrize('named, at, name', [('.', 'src', 'src'), ('./', 'src', 'src'),
+                                             ('../src/', 'src', 'src'), ('src//', '', 'src'),
+                                             ('src/sub/..', '', 'src'), ('link', '', 'link'),
+                                             ('link/', '', 'link'), ('..', 'src/sub', 'src')])
+def test_the_replica_is_called_as_the_source_is(named, at, name, tree):
+    (tree / 'link').symlink_to('src')
+    with Running(tree, named, tree / 'dst', 'bash', cwd=str(tree / at)) as run:
+        assert os.listdir(str(tree / 'dst')) == [name]
+        write(str(tree / 'src' / 'new'), 'new')
+        until_equal(str(tree / 'src'), str(tree / 'dst' / name), running=run)
+
+
+@pytest.mark.parametrize('between', [[], ['--']])
+@pytest.mark.parametrize(
+    'words',
+    [['sh'], ['exec', '-i', 'pod', '-c', 'main', '--', 'sh'], ['--', 'sh', '--', '-x'], ['--', '--'], ['-'],
+     ['--debugging', '--help', '--version', '--mirror'], ['a b', "q'", '$x', '', '*', 'new\nline', 'é']],
+    ids=' '.join)
+def test_the_connection_command_reaches_the_process_untouched(words, between, tree):
+    connect = str(tree / 'connect')
+    write(connect, '#!/bin/sh\nprintf "%%s\\0" "$@" >%s/seen\nexec bash\n' % tree, 0o755)
+    once('--no-replicate-on-change', tree / 'src', tree / 'dst', *between, connect, *words)
+    assert (tree / 'seen').read_bytes() == b''.join(os.fsencode(word) + b'\0' for word in words)
+    assert difference(str(tree / 'src'), str(tree / 'dst' / 'src')) == []
+
+
+def test_options_may_stand_between_and_behind_the_two_places(tree):
+    once(tree / 'src', '--no-replicate-on-change', tree / 'dst', '--exclude', 'sub', '--', 'bash')
+    assert os.listdir(str(tree / 'dst' / 'src')) == ['a']
+
+
+@pytest.mark.parametrize('name', [
+    'a b', "q'uote", '"', '$HOME', '$(touch pwned)', '`x`', '-rf', '*', '[a]', 'back\\slash', '~', '#',
+    'new\nline', ' ', 'trail ', 'ends\n', 'é', '\udcff', 'a/b/c', '!', '&;|', '%s'
+],
+                         ids=repr)
+def test_any_destination_path_will_do(name, tree):
+    parent, source = os.path.join(str(tree / 'dst'), name), os.path.join(str(tree), name.replace('/', '-'))
+    os.rename(str(tree / 'src'), source)
+    for shell in ('bash', 'busybox sh'):
+        write(os.path.join(source, 'for ' + shell))
+        once('--no-replicate-on-change', '--', source, parent, *shell.split())
+        assert difference(source, os.path.join(parent, os.path.basename(source))) == []
+    assert not os.path.exists(str(tree / 'pwned'))
+
+
+@pytest.mark.parametrize(
+    'options',
+    [[], ['--clean-out-first'], ['--mirror'], ['--no-initial-replication'], ['--no-replicate-on-change']],
+    ids=str)
+@pytest.mark.parametrize('source, parent', [('p/x', 'p'), ('p/x', 'p/x'), ('p/x', 'p/x/sub'), ('p/x/x', 'p'),
+                                            ('p/x', 'p/x/new'), ('link', 'p/x/sub'), ('p/x', 'to_p'),
+                                            ('p/x/sub/x', 'p')])
+def test_a_replica_that_overlaps_its_source_is_refused_and_nothing_is_lost(source, parent, options, tmp_path):
+    for path in ('a', 'sub/b', 'x/c', 'sub/x/.d'):
+        write(str(tmp_path / 'p' / 'x' / path), path)
+    (tmp_path / 'link').symlink_to('p/x')
+    (tmp_path / 'to_p').symlink_to('p')
+    before = {path: entry[:2] + entry[3:] for path, entry in tree_of(str(tmp_path / 'p')).items()}
+    done = once(*options, tmp_path / source, tmp_path / parent, 'bash', expect=None, timeout=20)
+    after = {path: entry[:2] + entry[3:] for path, entry in tree_of(str(tmp_path / 'p')).items()}
+    assert {path: after.get(path) for path in before} == before
+    assert not [path for path in after if '.file_replicator' in path]
+    assert done.returncode in (1, 2) and 'choose another destination' in done.stderr, (done.returncode,
+                                                                                       done.stderr)
+
+
+def test_clean_out_first_empties_the_replica_and_keeps_the_directory_itself(tree):
+    replica = tree / 'dst' / 'src'
+    for path in ('.dot', '..x', 'a/in the way', 'locked/f', '-rf', 'new\nline'):
+        write(str(replica / path), path)
+    (replica / 'out').symlink_to(tree / 'src')
+    (replica / 'locked').chmod(0)
+    inode = replica.stat().st_ino
+    once('--clean-out-first', '--no-replicate-on-change', tree / 'src', tree / 'dst', 'bash')
+    assert replica.stat().st_ino == inode
+    assert difference(str(tree / 'src'), str(replica)) == []
+    assert (tree / 'src' / 'a').read_bytes() == b'a'
+
+
+@pytest.mark.parametrize('option', ['', '--no-delete', '--mirror'])
+def test_what_is_removed_over_there(option, tree):
+    """By default what went here; with --mirror what is not here; with --no-delete nothing."""
+    replica = tree / 'dst' / 'src'
+    write(str(replica / 'theirs'), 'theirs')
+    write(str(replica / 'their directory' / '.f'), 'theirs')
+    write(str(replica / 'kept.o'), 'left out')
+    with Running(tree, *[option] * bool(option), '--exclude', '*.o', tree / 'src', tree / 'dst',
+                 'bash') as run:
+        shutil.rmtree(str(tree / 'src' / 'sub'))
+        (tree / 'src' / 'a').rename(tree / 'src' / 'b')
+        until(
+            lambda: (replica / 'b').exists() and (option == '--no-delete' or not (replica / 'sub').exists()),
+            10, run.log)
+        run.in_step(2)
+        theirs = set() if option == '--mirror' else {'theirs', 'their directory'}
+        assert set(os.listdir(
+            str(replica))) == {'b', 'kept.o'} | theirs | ({'a', 'sub'} if option == '--no-delete' else set())
+
+
+def test_a_directory_that_holds_something_of_theirs_stays_and_that_is_said_once(tree):
+    replica = tree / 'dst' / 'src'
+    with Running(tree, tree / 'src', tree / 'dst', 'bash') as run:
+        write(str(replica / 'sub' / 'theirs'), 'theirs')
+        shutil.rmtree(str(tree / 'src' / 'sub'))
+        run.says('stays over there')
+        write(str(tree / 'src' / 'new'))
+        until(lambda: (replica / 'new').exists())
+        assert os.listdir(str(replica / 'sub')) == ['theirs']
+        assert run.err().count('stays over there') == 1 and run.out().count('in step') >= 2
+
+
+def test_without_initial_replication_only_what_changes_is_sent(tree):
+    with Running(tree, '--no-initial-replication', tree / 'src', tree / 'dst', 'bash') as run:
+        assert os.listdir(str(tree / 'dst' / 'src')) == []
+        write(str(tree / 'src' / 'sub' / 'new'), 'new')
+        until(lambda: (tree / 'dst' / 'src' / 'sub' / 'new').exists(), 10, run.log)
+        run.in_step(2)
+        assert set(tree_of(str(tree / 'dst' / 'src'))) == {'.', 'sub', 'sub/new'}
+
+
+def test_each_confirmed_path_is_a_line_and_then_it_is_in_step(tree):
+    write(str(tree / 'src' / 'esc\x1b[31m\n'), bytes(1234))
+    for locale in ('C', 'C.UTF-8'):
+        shutil.rmtree(str(tree / 'dst'))
+        lines = once('--no-replicate-on-change', tree / 'src', tree / 'dst', 'bash', env={
+            'LC_ALL': locale
+        }).stdout.split('\n')
+        assert sorted(re.sub(r'\d+ ms', 'N ms', line) for line in lines[:-2]) == [
+            'made sub/ (N ms)', 'sent a (1 bytes, N ms)', 'sent esc\\x1b[31m\\n (1,234 bytes, N ms)',
+            'sent sub/.b (1 bytes, N ms)'
+        ]
+        assert lines[-2:] == ['in step', '']
+
+
+def test_debugging_shows_events_steps_and_records(tree):
+    with Running(tree, '--debugging', tree / 'src', tree / 'dst', 'bash') as run:
+        write(str(tree / 'src' / 'new'), 'new')
+        until_equal(str(tree / 'src'), str(tree / 'dst' / 'src'), running=run)
+    for words in ('debug: ', ' event new ', ' record file ', ' answer '):
+        assert words in run.err()
+
+
+FAULT_SHELLS = ['bash', 'dash', 'busybox sh']
+fault_in_each_shell = pytest.mark.parametrize('shell', FAULT_SHELLS)
+FAULT_ROOM_SECONDS = 60         # once a fault is mended, what it kept back arrives within this
+FAULT_SILENT_SECONDS = 45       # what should answer and does not is noticed within this
+FAULT_STOP_SECONDS = 1.0
+
+
+def fault_root():
+    """For what only root can set up: mounts, other users."""
+    if os.geteuid() != 0:
+        (pytest.fail if os.environ.get('REQUIRE_ALL') == '1' else pytest.skip)('needs root')
+
+
+@pytest.fixture
+def fault_open(request):
+    """A directory that other users may enter, which pytest's own are not. What is mounted in it is unmounted."""
+    directory = tempfile.mkdtemp(prefix='fault.', dir='/tmp')
+    os.chmod(directory, 0o755)
+    yield directory
+    with open('/proc/self/mounts') as file:
+        mounts = [line.split()[1] for line in file if line.split()[1].startswith(directory + '/')]
+    for mount in reversed(mounts):
+        subprocess.run(['umount', '-l', mount], check=True)
+    subprocess.run(['rm', '-rf', directory], check=True)
+
+
+@contextlib.contextmanager
+def fault_mount(at, *words):
+    """Something mounted at a path for a while: fault_mount(at, '-t', 'tmpfs', ...) or fault_mount(at, '--bind', from)."""
+    fault_root()
+    if words[0] != '--bind':
+        os.makedirs(at, exist_ok=True)
+    subprocess.run(['mount', *words, at] if words[0] == '--bind' else ['mount', *words, 'none', at], check=True)
+    try:
+        yield at
+    finally:
+        subprocess.run(['umount', '-l', at], check=True)
+
+
+def fault_tmpfs(at, options):
+    return fault_mount(at, '-t', 'tmpfs', '-o', options)
+
+
+def fault_through(monkeypatch, tmp_path, *words):
+    """From now on the program is started through this command, which has to exec what follows it."""
+    path = str(tmp_path / ('through.%d' % time.monotonic_ns()))
+    write(path, '#!/bin/sh\nexec %s %s "$@"\n' % (' '.join(map(shlex.quote, words)), shlex.quote(sys.executable)), 0o755)
+    monkeypatch.setattr(sys, 'executable', path)
+
+
+@pytest.fixture
+def fault_not_root(tmp_path, monkeypatch):
+    """The program runs as somebody whom permissions stop: root without what root may override."""
+    if os.geteuid() == 0:
+        need('setpriv')
+        fault_through(monkeypatch, tmp_path, 'setpriv', '--bounding-set', '-dac_override,-dac_read_search')
+
+
+def fault_other_user(directory, shell='bash'):
+    """A connection command that ends at an ordinary user."""
+    fault_root()
+    need('setpriv')
+    ids = ['setpriv', '--reuid', '65534', '--regid', '65534', '--clear-groups']
+    return [*ids, *shell_command(directory, shell)]
+
+
+def fault_give(*paths):
+    for path in paths:
+        os.chown(path, 65534, 65534, follow_symlinks=False)
+
+
+def fault_fill(directory, leave=0):
+    """Fills a small file system but for `leave` bytes; removing the file this returns makes room again."""
+    path = os.path.join(directory, 'ballast')
+    with open(path, 'wb', buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b'x' * 4096)
+    if leave:
+        os.truncate(path, os.path.getsize(path) - leave)
+    return path
+
+
+def fault_staging(replica):
+    """What of ours stands there that should not."""
+    return [os.path.join(d, name) for d, directories, files in os.walk(replica) for name in directories + files
+            if fr.STAGING.fullmatch(name)]
+
+
+def fault_processes(word):
+    """The processes that have this in their command line: receivers hold the path of the replica in theirs."""
+    found = []
+    for pid in os.listdir('/proc'):
+        if pid.isdigit() and int(pid) != os.getpid():
+            with contextlib.suppress(OSError), open('/proc/%s/cmdline' % pid, 'rb') as file:
+                if os.fsencode(str(word)) in file.read():
+                    found.append(int(pid))
+    return found
+
+
+def fault_nothing_left(replica, within=3.0):
+    until(lambda: not fault_processes(replica), within, lambda: 'processes %s' % fault_processes(replica))
+    until(lambda: not fault_staging(replica), within, lambda: 'staging %s' % fault_staging(replica))
+
+
+def fault_holds(directory, name, data):
+    with contextlib.suppress(OSError), open(os.path.join(directory, name), 'rb') as file:
+        return file.read() == data
+
+
+def fault_victim(directory):
+    """A directory that nothing may touch, and what is in it, to compare with later."""
+    victim = os.path.join(str(directory), 'victim')
+    write(victim + '/file', 'precious', 0o640, 10**18)
+    write(victim + '/inside/deep', 'precious too')
+    os.symlink('file', victim + '/link')
+    return victim, tree_of(victim)
+
+
+def fault_command(directory, name, text):
+    """An executable script; its name."""
+    path = os.path.join(str(directory), name)
+    write(path, text, 0o755)
+    return path
+
+
+def fault_python(directory, name, text):
+    return fault_command(directory, name, '#!%s\nimport os, re, select, signal, subprocess, sys, threading, time\n%s'
+                         % (sys.executable, text))
+
+
+# A connection that a test controls by files: `armed` holds how many more bytes it passes on before it dies, `mute`
+# has it close its output, `slow` is the seconds it rests after each 16 KiB.
+FAULT_RELAY = '''
+at = os.path.dirname(os.path.abspath(sys.argv[0]))
+far = subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE, bufsize=0)
+def number(name):
+    try:
+        return float(open(os.path.join(at, name)).read())
+    except (OSError, ValueError):
+        return None
+left = None
+def die():
+    far.kill()
+    os._exit(9)
+def watch():
+    while True:
+        if number('mute') is not None and far.poll() is None:
+            os.remove(os.path.join(at, 'mute'))
+            os.close(1)
+            far.kill()
+            time.sleep(1000)
+        if far.poll() is not None:
+            os._exit(far.returncode & 255)
+        time.sleep(0.01)
+threading.Thread(target=watch, daemon=True).start()
+slow = number('slow')
+while True:
+    data = os.read(0, 16384)
+    if not data:
+        break
+    left = number('armed') if left is None else left
+    if left is not None and len(data) >= left:
+        far.stdin.write(data[:int(left)])
+        far.stdin.close()
+        far.wait()
+        os.remove(os.path.join(at, 'armed'))
+        os._exit(9)
+    left = left if left is None else left - len(data)
+    while data:
+        data = data[far.stdin.write(data):]
+    if slow:
+        time.sleep(slow)
+far.stdin.close()
+far.wait()
+'''
+
+
+def fault_relay(directory, *far, slow=None):
+    path = fault_python(os.path.join(str(directory), 'relay.%d' % time.monotonic_ns()), 'relay', FAULT_RELAY)
+    if slow:
+        write(os.path.join(os.path.dirname(path), 'slow'), str(slow))
+    return [path, *far], os.path.dirname(path)
+
+
+def fault_together(jobs, work, at_once=4):
+    """Runs work(*job) for all jobs, a few at once; the failures of all are shown."""
+    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+        failures = []
+        for job, future in [(job, pool.submit(work, *job)) for job in jobs]:
+            try:
+                future.result()
+            except (Exception, pytest.fail.Exception) as error:
+                failures.append('%r: %s' % (job, error))
+    assert not failures, '\n\n'.join(failures)
+
+
+# ---- the far disk is full
+
+FAULT_BIG = random.Random(1).randbytes(6 << 20) if sys.version_info >= (3, 9) else os.urandom(6 << 20)
+
+#       name: (file system, room that is left, what is there before, what is made, what is named, what arrives at once)
+FAULT_FULL = {
+    'a big file': ('size=12m', 3 << 20, {}, {'big': FAULT_BIG, 'small': b'fits'}, 'big', 'small'),
+    'a small file': ('size=4m', 0, {'old': b''}, {'small': b'x' * 9000, 'empty': b''}, 'small', 'empty'),
+    'a bulk of files': ('size=4m', 128 << 10, {},
+                        dict({'d/%03d' % i: b'y' * 9000 for i in range(60)}, **{'d/empty': b''}), 'd/059', 'd/empty'),
+    'a patch': ('size=14m', 1 << 20, {'big': FAULT_BIG}, {'big': FAULT_BIG[:-9] + b'different', 'small': b'fits'}, 'big', 'small'),
+    'a directory': ('size=4m,nr_inodes=10', None, {}, {'m%02d/n' % i: b'' for i in range(9)}, 'm08', ''),
+    'files without inodes': ('size=4m,nr_inodes=10', None, {'old': b''},
+                             {'f%02d' % i: b'' for i in range(12)}, 'f11', ''),
+}
+
+
+@fault_in_each_shell
+def test_a_full_disk_names_what_does_not_fit_and_it_arrives_once_there_is_room(fault_open, shell):
+    tmp = fault_open
+    with contextlib.ExitStack() as stack:
+        runs = []
+        for number, (what, (options, leave, before, after, named, arrives)) in enumerate(FAULT_FULL.items()):
+            source, far = '%s/%d/src' % (tmp, number), '%s/%d/far' % (tmp, number)
+            stack.enter_context(fault_tmpfs(far, options))
+            os.makedirs(source)
+            for name, data in before.items():
+                write(os.path.join(source, name), data)
+            write(source + '/to-go', 'soon gone')
+            runs.append((what, source, far, leave, after, named, arrives, stack.enter_context(
+                Running(tmp, source, far, *shell_command(tmp, shell), wait=False))))
+        for what, source, far, leave, after, named, arrives, running in runs:
+            running.in_step()
+            if leave is not None:
+                fault_fill(far, leave)
+            for name, data in after.items():
+                write(os.path.join(source, name), data)
+            os.remove(source + '/to-go')
+        for what, source, far, leave, after, named, arrives, running in runs:
+            try:
+                running.says('No space left on device')
+                until(lambda: re.search(r'file_replicator: [^\n]*%s' % (named if leave is not None else named[0] + r'\d\d'),
+                                        running.err()), 20, running.err)
+                until(lambda: not os.path.exists(far + '/src/to-go'))
+                until(lambda: not arrives or fault_holds(far, 'src/' + arrives, after[arrives]), 20, running.log)
+                running.says('not in step')
+                assert running.out().splitlines()[-1] != 'in step'
+            except BaseException:
+                print('while', what, 'met a full disk')
+                raise
+        for what, source, far, leave, after, named, arrives, running in runs:
+            if leave is None:
+                subprocess.run(['mount', '-o', 'remount,size=9m,nr_inodes=1000', far], check=True)
+            else:
+                os.remove(far + '/ballast')
+        for what, source, far, leave, after, named, arrives, running in runs:
+            until_equal(source, far + '/src', FAULT_ROOM_SECONDS, running=running)
+            until(lambda: running.out().splitlines()[-1] == 'in step', 20, running.log)
+        for *_, running in runs:
+            assert running.stop() == 0
+        for what, source, far, *_ in runs:
+            assert not fault_staging(far)
+
+
+@pytest.mark.parametrize('before, after, named', [
+    ({}, {'big': FAULT_BIG, 'a/small': b'fits'}, ['big']),
+    ({}, dict({'a/%03d' % i: b'y' * 9000 for i in range(600)}, **{'a/small': b''}), ['a/599']),
+    ({'a/small': b'fits'}, {'a/small': b'fits', 'b1': b'z' * 900000, 'b2': b'z' * 990000, 'b3': b'z' * 950000}, ['b3']),
+], ids=['a big file', 'a bulk of files', 'files'])
+def test_one_shot_onto_a_full_disk_ends_with_status_1_and_the_names(fault_open, before, after, named):
+    tmp, source = fault_open, fault_open + '/src'
+    for name, data in dict(before, **after).items():
+        write(os.path.join(source, name), data)
+    with fault_tmpfs(tmp + '/far', 'size=2m'):
+        done = once('--no-replicate-on-change', source, tmp + '/far', *shell_command(tmp, 'dash'), expect=1)
+        for name in named:
+            assert re.search('file_replicator: %s: .*No space left' % name, done.stderr), done.stderr
+        assert 'in step' not in done.stdout
+        there, here = tree_of(tmp + '/far/src'), tree_of(source)
+        assert there['a/small'] == here['a/small']
+        assert all(there[path][3] == here[path][3] for path in there), 'a file is there in part'
+        assert not fault_staging(tmp + '/far')
+
+
+# ---- what the far side may not do
+
+@fault_in_each_shell
+def test_what_an_ordinary_user_may_not_write_is_named_and_the_rest_arrives(fault_open, shell):
+    tmp, source, replica = fault_open, fault_open + '/src', fault_open + '/far/src'
+    os.makedirs(replica + '/closed')
+    write(source + '/closed/within', 'cannot be written')
+    write(source + '/theirs', 'same', 0o600, 10**18)
+    write(replica + '/theirs', 'same', 0o644, 10**18)
+    write(source + '/d/fine', 'arrives')
+    fault_give(tmp + '/far', replica)
+    with Running(tmp, source, tmp + '/far', *fault_other_user(tmp, shell), wait=False) as running:
+        running.says('not in step')
+        for name, why in (('closed/within', 'ermission denied'), ('theirs', 'not permitted')):
+            assert re.search('file_replicator: %s: .*%s' % (name, why), running.err()), running.err()
+        assert tree_of(source + '/d') == tree_of(replica + '/d')
+        write(source + '/later', 'on it goes')
+        until(lambda: os.path.exists(replica + '/later'))
+        fault_give(replica + '/closed', replica + '/theirs')
+        until_equal(source, replica, FAULT_ROOM_SECONDS, running=running)
+
+
+@fault_in_each_shell
+def test_a_read_only_directory_of_ours_is_written_all_the_same_and_stays_read_only(fault_open, shell):
+    tmp, source, replica = fault_open, fault_open + '/src', fault_open + '/far/src'
+    os.mkdir(tmp + '/far')
+    fault_give(tmp + '/far')
+    for name in ('one', 'two/three', 'two/four'):
+        write(source + '/ro/' + name, name, 0o444)
+    os.chmod(source + '/ro/two', 0o500)
+    os.chmod(source + '/ro', 0o555)
+    write(source + '/locked', 'nobody reads this', 0o000)
+    with Running(tmp, source, tmp + '/far', *fault_other_user(tmp, shell)) as running:
+        assert not difference(source, replica)
+        write(source + '/ro/two/three', 'changed', 0o400)
+        write(source + '/ro/two/five', 'new')
+        os.remove(source + '/ro/one')
+        write(source + '/locked', 'still nobody')
+        os.rename(source + '/ro/two/four', source + '/four')
+        until_equal(source, replica, running=running)
+        shutil.rmtree(source + '/ro')
+        until_equal(source, replica, running=running)
+        assert 'ermission' not in running.err()
+
+
+@fault_in_each_shell
+def test_a_destination_that_cannot_be_made_or_written_ends_with_the_reason(fault_open, shell):
+    tmp, source = fault_open, fault_open + '/src'
+    write(source + '/file', 'data')
+    os.makedirs(tmp + '/closed')
+    os.makedirs(tmp + '/theirs/src')
+    write(tmp + '/filled/src/other', 'not ours')
+    write(tmp + '/plain', 'a file')
+    os.makedirs(tmp + '/shut', 0o700)
+    before = tree_of(tmp + '/filled')
+    for far, words in (('closed', 'cannot make the directory.*ermission denied'), ('theirs', 'ermission denied'),
+                       ('filled', 'ermission denied'), ('plain', 'cannot make the directory.*Not a directory'),
+                       ('shut', 'ermission denied')):
+        for more in ([], ['--no-replicate-on-change']):
+            done = once(*more, source, tmp + '/' + far, *fault_other_user(tmp, shell), expect=1)
+            assert re.search(words, done.stderr) and tmp + '/' + far in done.stderr, (far, done.stderr)
+    assert tree_of(tmp + '/filled') == before
+
+
+def test_a_file_system_that_becomes_read_only_is_named_and_made_good_when_it_is_writable_again(fault_open):
+    tmp, source = fault_open, fault_open + '/src'
+    write(source + '/file', 'data')
+    with fault_tmpfs(tmp + '/far', 'size=4m'):
+        with Running(tmp, source, tmp + '/far', 'bash') as running:
+            subprocess.run(['mount', '-o', 'remount,ro', tmp + '/far'], check=True)
+            write(source + '/file', 'changed')
+            os.makedirs(source + '/made/deep')
+            until(lambda: re.search('Read-only file system', running.err()), 20, running.log)
+            assert running.process.poll() is None
+            subprocess.run(['mount', '-o', 'remount,rw', tmp + '/far'], check=True)
+            until_equal(source, tmp + '/far/src', FAULT_ROOM_SECONDS, running=running)
+        subprocess.run(['mount', '-o', 'remount,ro', tmp + '/far'], check=True)
+        once('--no-replicate-on-change', source, tmp + '/far', 'bash')        # nothing to do: nothing to write
+        write(source + '/file', 'changed again')
+        done = once('--no-replicate-on-change', source, tmp + '/far', 'bash', expect=1)
+        assert 'Read-only file system' in done.stderr
+
+
+def test_a_path_too_long_for_the_far_side_is_named_and_the_rest_arrives(tmp_path):
+    """Over there a path begins with the staging or the replica's name: what just fits here may not fit there."""
+    source, far = str(tmp_path / 's'), str(tmp_path / 'far')
+    os.mkdir(source)
+    os.mkdir(far)
+    write(source + '/fine', 'data')
+    start = os.open('.', os.O_RDONLY)
+    top = os.open(source, os.O_RDONLY)
+    lengths = []
+    try:
+        # One chain of directories; in it files whose whole path is as long as the kernel takes, and a bit less.
+        os.fchdir(top)
+        path = source
+        while len(path) + 202 < 4096 - 300:
+            os.mkdir('d' * 200)
+            os.chdir('d' * 200)
+            path += '/' + 'd' * 200
+        for whole in (4095, 4094, 4070, 4050, 4030, 4000):
+            name = 'f' * min(255, whole - len(path) - 1)
+            if len(path) + 1 + len(name) != whole:
+                os.makedirs('e' * (whole - len(path) - 2 - 200), exist_ok=True)
+                name = 'e' * (whole - len(path) - 2 - 200) + '/' + 'f' * 200
+            with open(name, 'w') as file:
+                file.write(str(whole))
+            lengths.append((whole, path[len(source) + 1:] + '/' + name))
+        os.fchdir(start)
+        done = once('--no-replicate-on-change', source, far, 'bash', expect=None)
+        assert open(far + '/s/fine').read() == 'data'
+        for whole, relative in lengths:
+            arrived = False
+            with contextlib.suppress(OSError):
+                os.chdir(far)
+                arrived = os.path.exists('s/' + relative)
+            assert arrived or re.search('file_replicator: %s.*too long' % relative, done.stderr), (whole, done.stderr[-600:])
+            assert done.returncode == 0 or not all(arrived for _ in lengths)
+        assert ('in step' in done.stdout) == (done.returncode == 0)
+    finally:
+        os.fchdir(start)
+        os.close(top)
+        os.close(start)
+        subprocess.run(['rm', '-rf', source, far])
+
+
+@fault_in_each_shell
+def test_a_file_that_is_a_mount_point_is_written_in_place(fault_open, shell):
+    tmp, source, replica = fault_open, fault_open + '/src', fault_open + '/far/src'
+    write(tmp + '/outer', 'as it was mounted')
+    write(source + '/config', 'first')
+    write(replica + '/config', '')
+    with fault_mount(replica + '/config', '--bind', tmp + '/outer'):
+        with Running(tmp, source, tmp + '/far', *shell_command(tmp, shell)) as running:
+            until_equal(source, replica, running=running)
+            for data in (b'second, longer than the first', b'3', FAULT_BIG, b'small again'):
+                write(source + '/config', data)
+                until(lambda: open(replica + '/config', 'rb').read() == data, 20, running.log)
+            until_equal(source, replica, running=running)
+            assert open(tmp + '/outer').read() == 'small again'
+            os.remove(source + '/config')
+            until(lambda: re.search('file_replicator: config: .*[Bb]usy', running.err()), 20, running.log)
+
+
+def test_a_running_executable_is_replaced_and_runs_on(tmp_path):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    binary = open(need('sleep'), 'rb').read()
+    for name, data in (('small', binary), ('large', binary + bytes(3 << 20))):
+        write(os.path.join(source, name), data, 0o755)
+    os.mkdir(far)
+    with Running(tmp_path, source, far, 'bash') as running:
+        sleeping = [subprocess.Popen([os.path.join(far, 'src', name), '60']) for name in ('small', 'large')]
+        try:
+            for name in ('small', 'large'):
+                with open(os.path.join(source, name), 'ab') as file:
+                    file.write(b'more')
+            until_equal(source, far + '/src', running=running)
+            assert all(process.poll() is None for process in sleeping)
+            assert 'busy' not in running.err()
+        finally:
+            for process in sleeping:
+                process.kill()
+                process.wait()
+
+
+@pytest.mark.parametrize('shell', ['bash', 'dash'])
+@pytest.mark.parametrize('tool', ['touch', 'chmod', 'ln'])
+def test_a_far_side_that_refuses_a_tool_says_so_and_the_bytes_arrive(tmp_path, shell, tool):
+    """As on vfat, where there are no modes, no links, and times only when it suits."""
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    replica = far + '/src'
+    connect = shell_command(tmp_path, shell)
+    fault_command(tmp_path / ('shims-' + shell), tool, '#!/bin/sh\necho "%s: Operation not supported" >&2\nexit 1\n' % tool)
+    write(source + '/first', 'first', 0o644, 10**18)
+    os.mkdir(far)
+    with Running(tmp_path, source, far, *connect, wait=False) as running:
+        until(lambda: os.path.exists(replica + '/first'), 20, running.log)
+        if tool == 'ln':            # by itself: tar makes links without it
+            os.symlink('first', source + '/link')
+            until(lambda: re.search('file_replicator: link: .*Operation not supported', running.err()), 20, running.log)
+        made = str(tmp_path / 'made')           # moved in as it shall be: no mode has to be changed later
+        write(made + '/run', 'script', 0o750, 10**18)
+        write(made + '/secret', 'secret', 0o600)
+        write(made + '/big', FAULT_BIG, 0o600)
+        os.makedirs(made + '/d/e')
+        for i in range(20):
+            write(made + '/bulk/%d' % i, str(i), 0o640)
+        for name in os.listdir(made):
+            os.rename(os.path.join(made, name), os.path.join(source, name))
+        names = ['first', 'run', 'secret', 'big', 'bulk/19', 'd/e']
+        until(lambda: all(os.path.lexists(os.path.join(replica, name)) for name in names), 20, running.log)
+        until(lambda: re.search('file_replicator: .*Operation not supported', running.err()), 20, running.log)
+        for path, (kind, mode, mtime, data) in tree_of(source).items():
+            if kind == stat.S_IFREG:
+                until(lambda: tree_of(replica)[path][3] == data and not tree_of(replica)[path][1] & ~mode, 20,
+                      lambda: '%s: %s' % (path, running.log()))
+        if tool == 'ln':            # not removed: a shell remembers where it found it
+            fault_command(tmp_path / ('shims-' + shell), tool, '#!/bin/sh\nexec %s "$@"\n' % need('ln'))
+            until_equal(source, replica, FAULT_ROOM_SECONDS, running=running)
+
+
+# ---- what stands in the way there
+
+def fault_obstacles(source, replica, victim):
+    """Files, directories and links here, and over there in their places what is another thing."""
+    for i in range(5):
+        write('%s/dir-is-link/many/%d' % (source, i), 'new')
+        write('%s/dir-is-file/%d' % (source, i), 'new')
+    write(source + '/dir-is-link/file', 'new', 0o600, 10**18)
+    write(source + '/below/dir-is-link/deep', 'new')
+    write(source + '/big-is-link', FAULT_BIG)
+    write(source + '/dir-dangles/in', 'new')
+    for name in ('file-is-empty-dir', 'file-is-link', 'file-dangles', 'file-is-link-to-dir', 'read-only', 'file-is-fifo'):
+        write(os.path.join(source, name), 'new ' + name, 0o640, 10**18)
+    for name in ('link-is-file', 'link-is-link-to-dir', 'link-is-empty-dir'):
+        os.symlink('nowhere', os.path.join(source, name))
+    os.makedirs(replica + '/below')
+    for name, target in (('dir-is-link', victim), ('below/dir-is-link', victim + '/inside'), ('dir-dangles', victim + '/new'),
+                         ('big-is-link', victim + '/file'), ('file-is-link', victim + '/file'),
+                         ('file-dangles', victim + '/new'), ('file-is-link-to-dir', victim), ('link-is-link-to-dir', victim),
+                         ('.file_replicator.aaaaaaaaaaaa', victim), ('.file_replicator.bbbbbbbbbbbb-new', victim + '/file')):
+        os.symlink(target, os.path.join(replica, name))
+    for name in ('dir-is-file', 'link-is-file'):
+        write(os.path.join(replica, name), 'old')
+    os.mkdir(replica + '/file-is-empty-dir')
+    os.mkdir(replica + '/link-is-empty-dir')
+    os.mkfifo(replica + '/file-is-fifo')
+    write(replica + '/read-only', 'old', 0o444)
+    os.makedirs(replica + '/.file_replicator.0123456789ab/b/1')         # of a run that was killed
+    os.symlink(victim, replica + '/.file_replicator.0123456789ab/b/1/way-out')
+    write(replica + '/.file_replicator.0123456789ab/part1', 'half')
+    write(replica + '/below/.file_replicator.0123456789ab-new', 'half')
+
+
+@fault_in_each_shell
+@pytest.mark.parametrize('mirror', [[], ['--mirror']], ids=['', 'mirror'])
+def test_what_is_in_the_way_is_replaced_and_never_followed(tmp_path, shell, mirror):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    replica = far + '/src'
+    victim, before = fault_victim(tmp_path)
+    fault_obstacles(source, replica, victim)
+    once(*mirror, '--no-replicate-on-change', source, far, *shell_command(tmp_path, shell))
+    assert tree_of(victim) == before
+    dangling = '.file_replicator.aaaaaaaaaaaa'      # a link is not a staging we could have made
+    assert [line for line in difference(source, replica, True) if dangling not in line] == []
+
+
+@fault_in_each_shell
+def test_a_directory_that_holds_theirs_is_never_replaced_by_a_file(tmp_path, shell):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/file', 'new')
+    write(source + '/link-target', 'x')
+    os.symlink('link-target', source + '/link')
+    write(source + '/other', 'arrives')
+    write(far + '/src/file/theirs', 'theirs')
+    write(far + '/src/link/theirs', 'theirs')
+    done = once('--no-replicate-on-change', source, far, *shell_command(tmp_path, shell), expect=1)
+    for name in ('file', 'link'):
+        assert open(far + '/src/%s/theirs' % name).read() == 'theirs'
+        assert re.search('file_replicator: %s: .*([Nn]ot empty|not replicated)' % name, done.stderr), done.stderr
+    assert open(far + '/src/other').read() == 'arrives' and not fault_staging(far)
+
+
+@fault_in_each_shell
+def test_what_somebody_puts_in_the_way_while_we_watch_is_never_followed(tmp_path, shell):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    replica = far + '/src'
+    victim, before = fault_victim(tmp_path)
+    os.mkdir(far)
+    changes = {
+        'a file below': lambda d: write(d + '/file', 'changed'),
+        'many files below': lambda d: [write(d + '/m%d' % i, 'new') for i in range(9)],
+        'a large file below': lambda d: write(d + '/big', FAULT_BIG),
+        'a patch below': lambda d: write(d + '/large', FAULT_BIG[:-5] + b'patch'),
+        'a removal below': lambda d: os.remove(d + '/file'),
+        'a directory removed below': lambda d: shutil.rmtree(d + '/inside'),
+        'all removed': shutil.rmtree,
+        'a mode below': lambda d: os.chmod(d + '/file', 0o777),
+        'a rename below': lambda d: os.rename(d + '/inside', d + '/outside'),
+        'a rename of it': lambda d: os.rename(d, d + '2'),
+        'a directory below': lambda d: os.makedirs(d + '/x/y'),
+        'a link below': lambda d: os.symlink('file', d + '/another'),
+        'a mode of it': lambda d: os.chmod(d, 0o700),
+    }
+    for number in range(len(changes)):
+        for name in ('file', 'link', 'inside/deep'):
+            write('%s/%d/%s' % (source, number, name), 'ours')
+        write('%s/%d/large' % (source, number), FAULT_BIG)
+    with Running(tmp_path, source, far, *shell_command(tmp_path, shell)) as running:
+        for number, change in enumerate(changes.values()):
+            shutil.rmtree('%s/%d' % (replica, number))
+            os.symlink(victim, '%s/%d' % (replica, number))
+        for number, change in enumerate(changes.values()):
+            change('%s/%d' % (source, number))
+        until_equal(source, replica, 60, running=running)
+        assert tree_of(victim) == before
+
+
+@fault_in_each_shell
+def test_a_replica_that_is_itself_a_link_is_not_followed(tmp_path, shell):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    victim, before = fault_victim(tmp_path)
+    write(source + '/file', 'ours')
+    os.mkdir(far)
+    os.symlink(victim, far + '/src')
+    once('--mirror', '--dry-run', source, far, *shell_command(tmp_path, shell))
+    assert os.path.islink(far + '/src')
+    once('--mirror', '--no-replicate-on-change', source, far, *shell_command(tmp_path, shell))
+    assert tree_of(victim) == before and not difference(source, far + '/src')
+
+
+def test_a_hostile_source_writes_nothing_outside_the_replica(tmp_path):
+    """Its links lead out, then become directories, and the other way round, again and again."""
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    victim, before = fault_victim(tmp_path)
+    os.mkdir(far)
+    os.mkdir(source)
+    dice = random.Random(5)
+    with Running(tmp_path, source, far, 'dash') as running:
+        for _ in range(120):
+            path = '%s/%d' % (source, dice.randrange(4))
+            if os.path.islink(path):
+                os.remove(path)
+            elif os.path.isdir(path):
+                shutil.rmtree(path)
+            if dice.random() < 0.5:
+                os.symlink(dice.choice([victim, '../../victim', '../..', '/']), path)
+            else:
+                for name in ('file', 'inside/deep'):
+                    write(os.path.join(path, name), 'ours')
+            time.sleep(dice.random() * 0.02)
+        until_equal(source, far + '/src', running=running)
+    assert tree_of(victim) == before
+    assert sorted(os.listdir(far)) == ['src']
+
+
+# ---- the connection
+
+def fault_all_records(source, replica=None):
+    """A source, and a replica in an older state, between which records of every kind but a move are needed."""
+    for i in range(40):
+        write('%s/many/%d/file' % (source, i % 4) + str(i), 'bytes of %d\n' % i * i)
+    write(source + '/big', FAULT_BIG[:1500000])
+    write(source + '/patched', FAULT_BIG[:2000000])
+    write(source + '/secret', 'secret', 0o600)
+    os.symlink('big', source + '/link')
+    os.makedirs(source + '/empty')
+    write(source + '/mode', 'same', 0o755, 10**18)
+    write(source + '/kind/file', 'a directory now')
+    if replica:
+        write(replica + '/patched', FAULT_BIG[:999999] + b'.' + FAULT_BIG[1000000:1900000], None, 10**18)
+        write(replica + '/mode', 'same', 0o644, 10**18)
+        write(replica + '/old/theirs', 'gone with --mirror')
+        write(replica + '/old/deep/er', 'gone too')
+        write(replica + '/kind', 'a file before')
+        os.symlink('elsewhere', replica + '/link')
+
+
+@fault_in_each_shell
+def test_a_run_cut_after_every_nth_byte_is_repaired_even_if_the_repair_is_cut_too(tmp_path, shell):
+    """Each run is cut twice, at n bytes and in the repair, then left alone. Nothing is ever there in part."""
+    count = 8
+    source = str(tmp_path / 'src')
+    fault_all_records(source)
+    whole = {data for kind, mode, mtime, data in tree_of(source).values() if kind == stat.S_IFREG}
+    connect = shell_command(tmp_path, shell)
+    program = len(fr.RECEIVER) + 1500
+
+    def cut(number, at):
+        far = str(tmp_path / ('far%d' % number))
+        fault_all_records(str(tmp_path / ('scratch%d' % number)), far + '/src')
+        old = {data for kind, mode, mtime, data in tree_of(far).values() if kind == stat.S_IFREG}
+        again = max(program, at // 2 + 5000)
+        relay = fault_command(tmp_path, 'cut%d' % number, '\n'.join([
+            '#!/bin/bash', 'read -r n <"$0.n"; echo $((n + 1)) >"$0.n"',
+            'case $n in 0) bytes=%d ;; 1) bytes=%d ;; *) exec "$@" ;; esac' % (at, again),
+            'dd bs=4096 count=$bytes iflag=count_bytes status=none | "$@"', 'find %s -name ".file_replicator.*" >>"$0.left"' % far,
+            'find %s -type f -exec cat {} + | cksum >>"$0.seen"' % far]))
+        write(relay + '.n', '0\n')
+        done = once('--wait', '--mirror', '--remote-hook', 'cat >/dev/null', '--no-replicate-on-change', source, far,
+                    relay, *connect)
+        assert not difference(source, far + '/src'), (at, done.stderr)
+        assert open(relay + '.n').read() != '0\n' and not open(relay + '.left').read(), at
+        for kind, mode, mtime, data in tree_of(far).values():
+            assert kind != stat.S_IFREG or data in whole | old
+        shutil.rmtree(far)
+        shutil.rmtree(str(tmp_path / ('scratch%d' % number)))
+
+    total = program + 1500000 + 300000
+    places = [500, program // 2, program - 800] + [program + (total - program) * i // count for i in range(count)]
+    places += [program + i * 97 for i in range(6)]          # among the small records that come first
+    fault_together(list(enumerate(places)), cut)
+
+
+def test_a_watching_run_cut_at_any_byte_of_any_record_repairs_itself(tmp_path):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    replica = far + '/src'
+    os.mkdir(far)
+    fault_all_records(source)
+    dice = random.Random(7)
+    contents = {data for kind, *_, data in tree_of(source).values() if kind == stat.S_IFREG}
+    relay, controls = fault_relay(tmp_path, 'dash')
+    wrong, over = [], threading.Event()
+
+    def put(name, data):
+        contents.add(data)
+        write(os.path.join(source, name), data)
+
+    def reader():
+        """What a reader over there may meet at any time: files that are whole."""
+        while not over.is_set():
+            for directory, directories, names in os.walk(replica):
+                directories[:] = [name for name in directories if not fr.STAGING.fullmatch(name)]
+                for name in names:
+                    if not fr.STAGING.fullmatch(name):
+                        with contextlib.suppress(OSError):
+                            with open(os.path.join(directory, name), 'rb') as file:
+                                data = file.read()
+                            if data not in contents:
+                                wrong.append((directory, name, len(data)))
+
+    def flip(a, b):
+        a, b = os.path.join(source, a), os.path.join(source, b)
+        os.rename(*((a, b) if os.path.exists(a) else (b, a)))
+
+    edits = [
+        lambda n: put('file', b'version %d' % n),
+        lambda n: [put('bulk/%d/%d' % (n, i), b'%d %d' % (n, i)) for i in range(12)],
+        lambda n: put('big', FAULT_BIG[:1500000 + n]),
+        lambda n: put('patched', FAULT_BIG[:n] + b'p%d' % n + FAULT_BIG[n + 4:2000000]),
+        lambda n: flip('many', 'more'),
+        lambda n: flip('big', 'huge'),
+        lambda n: os.chmod(source + '/mode', 0o600 + n % 64),
+        lambda n: [shutil.rmtree(source + '/bulk/' + name) for name in os.listdir(source + '/bulk')],
+        lambda n: (os.remove(source + '/link'), os.symlink('to%d' % n, source + '/link')),
+        lambda n: os.makedirs(source + '/dirs/%d/x' % n),
+    ]
+    sizes = [90, 4000, 1500000, 60000, 30, 30, 25, 60, 30, 30]
+    os.makedirs(source + '/bulk')
+    thread = threading.Thread(target=reader)
+    thread.start()
+    try:
+        with Running(tmp_path, '--remote-hook', 'cat >/dev/null', source, far, *relay) as running:
+            for number in range(20):
+                kind = number % len(edits)
+                write(controls + '/armed', str(dice.randrange(1, sizes[kind])))
+                edits[kind](number)
+                edits[dice.randrange(len(edits))](number + 1000)
+                until(lambda: not os.path.exists(controls + '/armed') or not difference(source, replica), 30,
+                      lambda: '%d %s %s' % (number, difference(source, replica), running.log()[-2000:]))
+                if dice.random() < 0.3:         # and again, before the repair is through
+                    write(controls + '/armed', str(len(fr.RECEIVER) + dice.randrange(300, 9000)))
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(controls + '/armed')
+            until_equal(source, replica, 30, running=running)
+            assert running.err().count('connection lost') > 5
+            steps = running.out().count('in step')
+            write(source + '/last', 'last')
+            contents.add(b'last')
+            until(lambda: running.out().count('in step') > steps)
+            assert not fault_staging(replica)
+    finally:
+        over.set()
+        thread.join()
+    assert not wrong, wrong[:5]
+
+
+def test_a_replica_taken_away_with_its_connection_is_made_anew(tmp_path):
+    """A container that is made anew."""
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    fault_all_records(source)
+    os.mkdir(far)
+    with Running(tmp_path, source, far, 'bash') as running:
+        for _ in range(3):
+            running.cut()
+            shutil.rmtree(far)
+            os.mkdir(far)
+            until_equal(source, far + '/src', running=running)
+        shutil.rmtree(far + '/src')             # without an end of the connection: at the next change
+        write(source + '/file', 'new')
+        until_equal(source, far + '/src', running=running)
+
+
+def test_a_paused_far_side_goes_on_where_it_was(tmp_path):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/file', 'old')
+    os.mkdir(far)
+    with Running(tmp_path, source, far, 'bash') as running:
+        before = running.connections()
+        for pid in before:
+            os.kill(pid, signal.SIGSTOP)
+        write(source + '/file', 'new')
+        write(source + '/big', FAULT_BIG)
+        with pytest.raises(pytest.fail.Exception):
+            until(lambda: open(far + '/src/file').read() == 'new', 1.0)
+        for pid in before:
+            os.kill(pid, signal.SIGCONT)
+        until_equal(source, far + '/src', running=running)
+        assert running.connections() == before and 'lost' not in running.err()
+
+
+FAULT_NONSENSE = '''
+text = b''
+while b"main \\"$0\\" " not in text or not text.endswith(b'"$R" "$R"\\n'):
+    text += os.read(0, 65536)
+nonce = re.search(rb'main "\\$0" ([0-9a-f]{12})', text).group(1)
+os.write(1, b'\\n' + nonce + b' ready\\n' + %s)
+while os.read(0, 65536):
+    pass
+'''
+
+
+def fault_nonsense(directory, says):
+    """The text of a command that says nonsense the first time, and is a shell from then on."""
+    path = fault_python(directory, 'nonsense', FAULT_NONSENSE % says)
+    return 'if [ -e %s.met ]; then exec dash; fi; touch %s.met; exec %s' % (path, path, path)
+
+
+FAULT_QUIET_NONSENSE = ["nonce + b' listed\\n' + nonce + b' 1 x\\n'", "nonce + b' listed\\n' + nonce + b'\\n'",
+                        "nonce + b' listed\\n' + os.urandom(100) + nonce + b' stop\\n'"]
+
+
+def test_silence_is_noticed_within_45_seconds_with_data_on_the_way_and_without(tmp_path):
+    """All that has to be waited for, at once: two far sides that fall silent, and first connections that never answer."""
+    names = ['idle', 'busy', 'flooded']
+    never = {'sleep': ['sleep', '1000'], 'swallow': ['sh', '-c', 'cat >/dev/null'],
+             'sed': ['sed', 's/sh/hs/'], 'babble': ['sh', '-c', 'while :; do echo nonsense; sleep 1; done']}
+    with contextlib.ExitStack() as stack:
+        runs, firsts, babblers = {}, {}, {}
+        for number, says in enumerate(FAULT_QUIET_NONSENSE):        # nonsense that could be chatter, and then no answer
+            directory = tmp_path / ('nonsense%d' % number)
+            write(str(directory / 'src' / 'file'), 'data')
+            os.mkdir(str(directory / 'far'))
+            babblers[directory] = stack.enter_context(Running(
+                tmp_path, str(directory / 'src'), str(directory / 'far'), 'sh', '-c', fault_nonsense(directory, says), wait=False))
+        for name in names:
+            write(str(tmp_path / name / 'src' / 'file'), 'old')
+            os.makedirs(str(tmp_path / name / 'far'))
+            runs[name] = stack.enter_context(Running(
+                tmp_path, '--no-gitignore', str(tmp_path / name / 'src'), str(tmp_path / name / 'far'), 'sh'))
+        for name, words in never.items():
+            write(str(tmp_path / name / 'src' / 'file'), 'old')
+            firsts[name] = stack.enter_context(
+                Running(tmp_path, str(tmp_path / name / 'src'), str(tmp_path / name / 'far'), *words, wait=False))
+        for name, running in runs.items():
+            for pid in running.connections():
+                os.kill(pid, signal.SIGSTOP)
+        write(str(tmp_path / 'busy' / 'src' / 'file'), 'new')
+        write(str(tmp_path / 'flooded' / 'src' / 'big'), FAULT_BIG)
+        end = time.monotonic() + FAULT_SILENT_SECONDS
+        for name, running in runs.items():
+            until(lambda: 'connection lost: nothing moved' in running.err(), end - time.monotonic(), running.log)
+        for name, running in firsts.items():
+            assert running.process.wait(max(0.1, end - time.monotonic())) == 1
+            assert 'no shell answered' in running.err() and 'Traceback' not in running.err()
+        for name, running in runs.items():
+            until_equal(str(tmp_path / name / 'src'), str(tmp_path / name / 'far' / 'src'), running=running)
+        runs['idle'].says('connected again')
+        for directory, running in babblers.items():
+            until_equal(str(directory / 'src'), str(directory / 'far' / 'src'), running=running)
+    for name in [*names, *never]:
+        fault_nothing_left(str(tmp_path / name / 'far'))
+
+
+@fault_in_each_shell
+def test_a_connection_that_passes_bytes_one_by_one_is_slow_and_right(tmp_path, shell):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    fault_all_records(source, far + '/src')
+    once('--mirror', '--no-replicate-on-change', source, far, 'sh', '-c',
+         'dd bs=1 2>/dev/null | "$@" | dd bs=1 2>/dev/null', '-', *shell_command(tmp_path, shell))
+    assert not difference(source, far + '/src')
+
+
+FAULT_NOISE = {
+    'lines': 'echo Welcome; echo to the machine',
+    'no newline at the end': 'printf "Welcome > "',
+    'binary': 'head -c 5000 /dev/urandom',
+    'a lot': 'head -c 3000000 /dev/zero | tr "\\0" "\\n"',
+    'on standard error': 'echo Warning >&2; printf more >&2',
+    'words of ours': 'echo 0123456789ab ready; echo ready; echo "x ready"',
+    'late': '(sleep 0.2; echo late; printf "half a line"; sleep 0.2; echo later) &',
+    'random all the time': '(for i in 1 2 3 4 5 6 7 8 9; do head -c 3000 /dev/urandom; sleep 0.05; done) &',
+}
+
+
+@fault_in_each_shell
+def test_a_noisy_far_side_is_understood(tmp_path, shell):
+    connect = shell_command(tmp_path, shell)
+
+    def noisy(name):
+        source, far = str(tmp_path / name / 'src'), str(tmp_path / name / 'far')
+        fault_all_records(source)
+        os.mkdir(far)
+        once('--no-replicate-on-change', source, far, 'sh', '-c', FAULT_NOISE[name] + '\nexec "$@"', '-', *connect)
+        assert not difference(source, far + '/src')
+    fault_together([(name,) for name in FAULT_NOISE], noisy)
+
+
+@pytest.mark.parametrize('says', ["nonce + b' 77 0\\n'", "nonce + b' listed\\n' + nonce + b' 77 0\\n'",
+                                  "nonce + b' listed\\n' + nonce + b' 1 0\\n'",
+                                  "nonce + b' listed\\n' + nonce + b' 1 0\\n' * 9",
+                                  "nonce + b' f 644 x x x ./a//.\\n' + nonce + b' listed\\n' + nonce + b' + \\n' + nonce + b' 1 0\\n'",
+                                  "nonce + b' f 644 1 1 1 ../../../etc/passwd//.\\n' + nonce + b' listed\\n' + nonce + b' 2 0\\n'",
+                                  "nonce + b' listed\\n' + nonce + b' + tar nonsense\\n' + nonce + b' 1 0\\n'",
+                                  "nonce + b' listed\\n' + nonce + b' ' + b'9' * 5000 + b' 0\\n'"])
+def test_nonsense_after_ready_is_said_and_a_sane_far_side_takes_over(tmp_path, says):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/file', 'data')
+    os.mkdir(far)
+    program = fault_nonsense(tmp_path, says)
+    if says.startswith("nonce + b' 77"):        # it never comes to an end, so it has to be cut
+        with Running(tmp_path, '--wait', source, far, 'sh', '-c', program, wait=False) as running:
+            until(lambda: os.path.exists(str(tmp_path / 'nonsense.met')))
+            running.cut()
+            running.in_step()
+    else:
+        with Running(tmp_path, '--wait', source, far, 'sh', '-c', program, wait=False) as running:
+            running.in_step()
+            assert not difference(source, far + '/src')
+            assert re.search('connection lost|waiting for the far side', running.err()), running.log()
+
+
+def test_a_far_side_that_closes_only_its_output_is_left_and_connected_again(tmp_path):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/file', 'data')
+    os.mkdir(far)
+    done = once(source, far, 'sh', '-c', 'exec >&-; sleep 1000', expect=1, timeout=10)
+    assert 'closed its output' in done.stderr
+    relay, controls = fault_relay(tmp_path, 'dash')
+    with Running(tmp_path, source, far, *relay) as running:
+        write(controls + '/mute', '1')
+        running.says('connected again')
+        assert 'closed its output' in running.err()
+        write(source + '/file', 'changed')
+        until_equal(source, far + '/src', running=running)
+    fault_nothing_left(far)
+
+
+@pytest.mark.parametrize('words, says', [
+    (['cat'], 'no shell'), (['true'], 'ended with status 0'), (['false'], 'ended with status 1'),
+    (['no-such-command-anywhere'], 'cannot run no-such-command-anywhere: No such file'), (['/etc/passwd'], 'ermission denied'),
+    (['/'], 'cannot run /'), (['sh', '-c', 'echo "no such host" >&2; exit 255'], 'no such host.*ssh could not'),
+    (['sh', '-c', 'exit 127'], 'not found'), (['sh', '-c', 'kill -9 $$'], 'signal 9'), (['head', '-c', '100'], 'ended with status 0'),
+    ([sys.executable, '-c', 'import sys; sys.stdin.read(9)'], 'ended with status 0'),
+    (['tee', '/dev/null'], 'no shell')], ids=str)
+def test_a_command_that_is_no_shell_ends_the_program_with_what_it_said(tmp_path, words, says):
+    source = str(tmp_path / 'src')
+    write(source + '/file', 'data')
+    done = once(source, str(tmp_path / 'far'), *words, expect=1, timeout=FAULT_SILENT_SECONDS)
+    assert re.search(says, done.stderr) and str(tmp_path / 'far') in done.stderr, done.stderr
+    assert done.stderr.count('\n') <= 2 and not done.stdout
+
+
+FAULT_STARTS = {
+    '-e': 'exec {shell} -e', '-u': 'exec {shell} -u', '-C': 'exec {shell} -C', '-euC': 'exec {shell} -euC', '-f': 'exec {shell} -f',
+    'IFS': 'IFS=/01abcdefn; export IFS; exec {shell}', 'empty IFS': 'IFS=; export IFS; exec {shell}',
+    'LANG': 'LANG=tr_TR.UTF-8 LC_ALL=ja_JP.SJIS LANGUAGE=de; export LANG LC_ALL LANGUAGE; exec {shell}',
+    'no PATH': 'unset PATH; exec {shell}', 'strange PATH': 'PATH=/nonexistent::.; export PATH; exec {shell}',
+    'ENV': 'ENV={prints} BASH_ENV={prints}; export ENV BASH_ENV; exec {shell}',
+    'interactive': 'ENV={prints}; export ENV; exec {shell} -i 2>/dev/null',
+    'umask 077': 'umask 077; exec {shell}', 'umask 777': 'umask 777; exec {shell}', 'umask 0': 'umask 0; exec {shell}',
+    'CDPATH': 'CDPATH=/:/tmp; cd /tmp; export CDPATH; exec {shell}',
+    'tool options': 'TAR_OPTIONS=--verbose POSIXLY_CORRECT=1 LS_COLORS=x BLOCKSIZE=1 TMPDIR=/nonexistent; '
+                    'export TAR_OPTIONS POSIXLY_CORRECT BLOCKSIZE TMPDIR; exec {shell}',
+    'names of ours': 'nonce=x root=/ stage=/tmp temp=/etc/passwd staged=1 hook=false R=x p=/ line=/; '
+                     'export nonce root stage temp staged hook R p line; exec {shell}',
+    'no environment': 'exec env -i {shell}', 'closed standard error': 'exec {shell} 2>&-', 'a gone directory':
+        'mkdir {prints}.d; cd {prints}.d; rmdir {prints}.d; exec {shell}',
+}
+
+
+@fault_in_each_shell
+def test_a_shell_started_in_a_strange_way_is_right_all_the_same(tmp_path, shell):
+    first = 'busybox' if shell == 'busybox sh' else shell
+    path = ' '.join([need(first), *shell.split()[1:]])
+
+    def start(name):
+        source, far = str(tmp_path / name / 'src'), str(tmp_path / name / 'far')
+        prints = fault_command(tmp_path / name, 'prints', 'echo printed; set -u; alias mv=false rm=false dd=false cd=false\n')
+        fault_all_records(source, far + '/src')
+        text = FAULT_STARTS[name].format(shell=path, prints=prints)
+        done = once('--mirror', '--no-replicate-on-change', source, far, 'sh', '-c', text)
+        assert not difference(source, far + '/src') and not done.stderr, done.stderr
+        write(source + '/more', 'one more', 0o640)
+        shutil.rmtree(source + '/many')
+        once('--mirror', '--no-replicate-on-change', source, far, 'sh', '-c', text)
+        assert not difference(source, far + '/src')
+    fault_together([(name,) for name in FAULT_STARTS], start)
+
+
+# ---- the source
+
+def test_what_cannot_be_read_is_named_and_nothing_of_it_is_removed(tmp_path, fault_not_root):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    replica = far + '/src'
+    for name in ('file', 'closed/in', 'closed/deep/er', 'late/in', 'fine'):
+        write(os.path.join(source, name), 'first')
+    write(source + '/shut', 'never read', 0o000)
+    os.mkdir(far)
+    shutil.copytree(source + '/closed', replica + '/closed')        # of an earlier run
+    os.chmod(source + '/closed', 0o000)
+    try:
+        done = once('--mirror', '--no-replicate-on-change', source, far, 'bash', expect=1)
+        for name in ('shut: .*ermission denied', 'closed: .*ermission denied'):
+            assert re.search('file_replicator: ' + name, done.stderr), done.stderr
+        assert open(replica + '/closed/deep/er').read() == open(replica + '/fine').read() == 'first'
+        assert 'in step' not in done.stdout
+        with Running(tmp_path, '--mirror', source, far, 'bash', wait=False) as running:
+            running.says('not in step')
+            os.chmod(source + '/late', 0o000)               # while we watch
+            os.chmod(source + '/file', 0o000)
+            write(source + '/fine', 'second')
+            until(lambda: fault_holds(replica, 'fine', b'second'))
+            assert fault_holds(replica, 'late/in', b'first') or not os.access(replica + '/late', os.X_OK)
+            os.chmod(source, 0o000)
+            write(source + '/fine', 'third')
+            running.says('fine: cannot be looked at')
+            assert fault_holds(replica, 'fine', b'second')
+            os.chmod(source, 0o755)
+            for name in ('closed', 'late'):
+                os.chmod(os.path.join(source, name), 0o755)
+            for name in ('file', 'shut'):
+                os.chmod(os.path.join(source, name), 0o644)
+            until_equal(source, replica, FAULT_ROOM_SECONDS, running=running)
+            until(lambda: running.out().splitlines()[-1] == 'in step')
+    finally:
+        for name in ('closed', 'late', '.'):
+            os.chmod(os.path.join(source, name), 0o755)
+
+
+def test_files_that_vanish_grow_shrink_and_turn_into_others_end_up_right(tmp_path):
+    """Done so fast that many do it between our look and our reading."""
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    os.mkdir(source)
+    os.mkdir(far)
+    write(source + '/large', FAULT_BIG)
+    dice = random.Random(11)
+    with Running(tmp_path, source, far, 'dash') as running:
+        end = time.monotonic() + 3
+        while time.monotonic() < end:
+            path = '%s/%d' % (source, dice.randrange(8))
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
+            kind = dice.randrange(5)
+            if kind == 0:
+                os.mkfifo(path)
+            elif kind == 1:
+                os.symlink('/dev/zero', path)
+            elif kind > 2:
+                write(path, FAULT_BIG[:dice.choice([10, 70000, 3000000])])
+            if dice.random() < 0.3 and os.path.isfile(path) and not os.path.islink(path):
+                os.truncate(path, dice.choice([0, 5, 40000]))
+            if dice.random() < 0.1:
+                os.truncate(source + '/large', dice.randrange(6 << 20))
+            if dice.random() < 0.2:
+                with open(source + '/large', 'ab') as file:
+                    file.write(FAULT_BIG[:2000000])
+        for number in range(8):
+            with contextlib.suppress(OSError):
+                if stat.S_ISFIFO(os.lstat('%s/%d' % (source, number)).st_mode):
+                    os.remove('%s/%d' % (source, number))
+        until_equal(source, far + '/src', 60, running=running)
+        assert running.connections() and 'lost' not in running.err()
+
+
+def test_files_rewritten_all_the_time_do_not_keep_others_waiting_and_arrive_themselves(tmp_path):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    os.mkdir(far)
+    write(source + '/small', 'old')
+    write(source + '/large', FAULT_BIG)
+    write(source + '/log', '')
+    over = threading.Event()
+
+    def rewrite():
+        n = 0
+        with open(source + '/log', 'ab', buffering=0) as log, open(source + '/large', 'r+b', buffering=0) as large:
+            while not over.is_set():
+                n += 1
+                log.write(b'line %d\n' % n)
+                write(source + '/small', 'number %d' % n)
+                large.seek(n * 4096 % (6 << 20))
+                large.write(b'%d' % n)
+                time.sleep(0.002)
+    with Running(tmp_path, source, far, 'dash') as running:
+        thread = threading.Thread(target=rewrite)
+        thread.start()
+        try:
+            for number in range(8):
+                write(source + '/other', 'other %d' % number)
+                until(lambda: fault_holds(far, 'src/other', b'other %d' % number), 3, running.log)
+            for name in ('small', 'large', 'log'):          # not only at the end
+                with open(os.path.join(far, 'src', name), 'rb') as file:
+                    seen = file.read()
+                until(lambda: not fault_holds(far, 'src/' + name, seen), 10, lambda: name + running.log())
+        finally:
+            over.set()
+            thread.join()
+        until_equal(source, far + '/src', running=running)
+
+
+def test_special_files_are_named_once_and_never_opened(tmp_path):
+    import inotify_simple
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/file', 'data')
+    os.mkdir(far)
+    os.mkfifo(source + '/fifo')
+    there = socket.socket(socket.AF_UNIX)
+    there.bind(source + '/socket')
+    names = ['fifo', 'socket']
+    if os.geteuid() == 0:
+        os.mknod(source + '/device', stat.S_IFCHR | 0o666, os.makedev(1, 5))
+        names.append('device')
+    with contextlib.closing(there), inotify_simple.INotify() as inotify:
+        inotify.add_watch(source, inotify_simple.flags.OPEN)
+        with Running(tmp_path, source, far, 'bash') as running:
+            os.mkfifo(source + '/fifo-later')
+            write(source + '/file', 'changed')
+            os.remove(source + '/file')
+            os.mkfifo(source + '/file')
+            names += ['fifo-later', 'file']
+            until(lambda: not os.path.lexists(far + '/src/file'))
+            until(lambda: all(re.search('file_replicator: %s: is left out' % name, running.err()) for name in names))
+            assert os.listdir(far + '/src') == []
+            assert running.err().count('fifo: ') == 1
+        assert not {event.name for event in inotify.read(timeout=0)} & set(names) - {'file'}
+
+
+def fault_ours(replica):
+    """What is in it, but for our staging and what that does to the time of the top."""
+    return {path: entry for path, entry in tree_of(replica).items() if path != '.' and not fr.STAGING.match(path)}
+
+
+def test_a_source_that_is_gone_is_not_a_source_that_was_emptied(tmp_path):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    replica = far + '/src'
+    fault_all_records(source)
+    os.mkdir(far)
+    with Running(tmp_path, '--mirror', source, far, 'bash') as running:
+        before = fault_ours(replica)
+        os.rename(source, source + '.away')
+        running.says('is gone')
+        running.cut()                   # a new connection does not change what that means
+        running.says('connected again')
+        assert fault_ours(replica) == before and running.process.poll() is None
+        write(source + '.away/file', 'written while it was away')
+        os.rename(source + '.away', source)
+        until_equal(source, replica, running=running)
+        write(source + '/file', 'watched again')
+        until_equal(source, replica, running=running)
+        os.rename(source, source + '.old')
+        write(source + '/anew', 'made anew')
+        until_equal(source, replica, running=running)
+        write(source + '/anew', 'and watched')
+        until_equal(source, replica, running=running)
+        os.rename(source, source + '.old2')
+        os.mkdir(source)                # empty, and not what it was: a mount that is to come
+        until(lambda: running.err().count('is gone, or empty') >= 2, 20, running.log)
+        assert os.path.exists(replica + '/anew')
+        write(source + '/filled', 'then filled')
+        until_equal(source, replica, running=running)
+
+
+def test_an_unmounted_source_removes_nothing_and_is_taken_up_when_it_is_mounted_again(fault_open):
+    source, far = fault_open + '/src', fault_open + '/far'
+    os.mkdir(far)
+    with fault_tmpfs(source, 'size=4m'):
+        write(source + '/file', 'data')
+        write(source + '/d/file', 'data')
+        running = Running(fault_open, source, far, 'bash')
+    with running:
+        running.says('is gone, or empty')
+        assert open(far + '/src/d/file').read() == 'data'
+        with fault_tmpfs(source, 'size=4m'):
+            write(source + '/file', 'other data')
+            until_equal(source, far + '/src', running=running)
+            write(source + '/file', 'watched')
+            until_equal(source, far + '/src', running=running)
+
+
+@fault_in_each_shell
+def test_long_names_deep_directories_and_times_far_off_arrive(tmp_path, shell):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    os.mkdir(far)
+    connect = shell_command(tmp_path, shell)
+
+    def fill(top, first):
+        deep = '/'.join([top] + ['%d' % i for i in range(100)])
+        write(deep + '/bottom', first)
+        for i, when in enumerate((-315619200, -1, 0, 1, 2**31, 4102444800, 10**9, int(time.time()) + 86400)):
+            write('%s/times/%d' % (top, i), first, None, when * 10**9 + 500000000 * (i % 2))
+            os.symlink('x', '%s/times/link%d' % (top, i))
+            os.utime('%s/times/link%d' % (top, i), (when, when), follow_symlinks=False)
+            os.makedirs('%s/times/d%d' % (top, i))
+            os.utime('%s/times/d%d' % (top, i), (when, when))
+        for name in ('n' * 255, 'ü' * 127 + 'x', b'\xff'.decode('utf-8', 'surrogateescape') * 255):
+            write(os.path.join(top, name, name), first, 0o600)
+        os.symlink('t' * 4000, top + '/long-target')
+    whole = shell == 'busybox sh'       # its touch may know only seconds
+    fill(source + '/a', 'together')
+    with Running(tmp_path, source, far, *connect) as running:
+        until_equal(source, far + '/src', 30, whole, running)
+        fill(source + '/b', 'bit by bit')
+        until_equal(source, far + '/src', 30, whole, running)
+        write(source + '/a/times/0', 'newer bytes, older time', None, 10**18)   # a clock set back
+        until_equal(source, far + '/src', 30, whole, running)
+        os.utime(source + '/b/times/6', (5, 5))
+        os.rename(source + '/a/0', source + '/up')
+        shutil.rmtree(source + '/b')
+        until_equal(source, far + '/src', 30, whole, running)
+        assert not running.err()
+    done = once('--no-replicate-on-change', source, far, *connect)
+    assert done.stdout == 'in step\n'
+
+
+@fault_in_each_shell
+def test_thousands_of_files_removed_at_once_go_and_theirs_stay(tmp_path, shell):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    os.mkdir(far)
+    for i in range(3000):
+        write('%s/%d/%d' % (source, i % 30, i), '')
+    with Running(tmp_path, source, far, *shell_command(tmp_path, shell)) as running:
+        write(far + '/src/7/theirs', 'theirs')
+        for i in range(30):
+            shutil.rmtree('%s/%d' % (source, i))
+        until(lambda: sorted(tree_of(far + '/src')) == ['.', '7', '7/theirs'], 30, running.log)
+        until(lambda: re.search('file_replicator: 7: stays', running.err()))
+        assert running.err().count('\n') == 1
+        os.remove(far + '/src/7/theirs')
+        write(source + '/7/again', 'made again')
+        until(lambda: fault_holds(far, 'src/7/again', b'made again'))
+
+
+def test_without_inotify_everything_is_looked_at_now_and_then(tmp_path):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    fault_all_records(source)
+    os.mkdir(far)
+    with Running(tmp_path, '--poll', '0.2', source, far, 'bash') as running:
+        os.rename(source + '/many', source + '/renamed')
+        write(source + '/big', FAULT_BIG[:1499999] + b'!')
+        os.remove(source + '/link')
+        until_equal(source, far + '/src', running=running)
+        running.cut()
+        write(source + '/more', 'more')
+        until_equal(source, far + '/src', running=running)
+
+
+# ---- limits
+
+@contextlib.contextmanager
+def fault_setting(name, value):
+    fault_root()
+    with open(name) as file:
+        before = file.read()
+    try:
+        with open(name, 'w') as file:
+            file.write('%s\n' % value)
+        yield
+    finally:
+        with open(name, 'w') as file:
+            file.write(before)
+
+
+def test_lost_events_are_made_good(tmp_path):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    os.mkdir(source)
+    os.mkdir(far)
+    with fault_setting('/proc/sys/fs/inotify/max_queued_events', 16):
+        running = Running(tmp_path, source, far, 'dash')        # the limit is taken when inotify is opened
+    with running:
+        for round_number in range(3):
+            for i in range(400):
+                write('%s/%d/%d' % (source, i % 7, i), '%d' % round_number)
+            os.rename(source + '/3', source + '/x%d' % round_number)
+            shutil.rmtree(source + '/4')
+        until_equal(source, far + '/src', running=running)
+        assert 'inotify lost events' in running.err()
+
+
+@pytest.mark.parametrize('setting, value, says', [
+    ('max_inotify_watches', 5, 'fs.inotify.max_user_watches'),
+    ('max_inotify_instances', 0, 'max_user_instances'),
+])
+def test_too_small_an_inotify_limit_is_named_and_polling_takes_over(tmp_path, monkeypatch, setting, value, says):
+    """In a user namespace of its own, so that nobody else's limit changes."""
+    if subprocess.run(['unshare', '-Ur', 'true'], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip('no user namespaces')
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    for i in range(20):
+        write('%s/%d/file' % (source, i), 'old')
+    os.mkdir(far)
+    fault_through(monkeypatch, tmp_path, 'unshare', '-Ur', 'sh', '-c',
+                  'echo %d >/proc/sys/user/%s && exec "$0" "$@"' % (value, setting))
+    with Running(tmp_path, source, far, 'bash') as running:
+        running.says(says)
+        for i in range(20):
+            write('%s/%d/file' % (source, i), 'new %d' % i)
+        write(source + '/made/later', 'new')
+        until_equal(source, far + '/src', running=running)
+        assert running.err().count(says) == 1
+
+
+def test_few_file_descriptors_are_enough(tmp_path, monkeypatch):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    fault_all_records(source)
+    for i in range(70):
+        write('%s/large%d' % (source, i), FAULT_BIG[:1100000] + b'%d' % i)
+    os.mkdir(far)
+    fault_through(monkeypatch, tmp_path, 'sh', '-c', 'ulimit -n 64; exec "$0" "$@"')
+    with Running(tmp_path, source, far, 'dash') as running:
+        until_equal(source, far + '/src', running=running)
+        for i in range(70):
+            with open('%s/large%d' % (source, i), 'r+b') as file:
+                file.write(b'changed')
+        for _ in range(4):
+            running.cut()
+            running.says('connection lost')
+        until_equal(source, far + '/src', 60, running=running)
+        assert not re.search('[Tt]oo many open files', running.err())
+
+
+def test_a_full_disk_under_the_log_file_or_the_output_stops_nothing(fault_open):
+    tmp, source, far = fault_open, fault_open + '/src', fault_open + '/far'
+    write(source + '/file', 'data')
+    os.mkdir(far)
+    with fault_tmpfs(tmp + '/log', 'size=16k'):
+        with Running(tmp, '--log-file', tmp + '/log/log', source, far, 'bash') as running:
+            fault_fill(tmp + '/log')
+            for i in range(100):
+                write('%s/%d/%d-%s' % (source, i, i, 'n' * 200), 'data')
+            until_equal(source, far + '/src', running=running)
+            running.says('log file')
+            assert 'No space left' in running.err()
+            assert running.stop() == 0
+    with open('/dev/full', 'wb') as full:
+        done = subprocess.run(command('--no-replicate-on-change', source, far, 'bash'), stdout=full, stderr=subprocess.PIPE,
+                              timeout=30)
+    assert b'Traceback' not in done.stderr and b'Exception' not in done.stderr, done.stderr.decode()
+    assert done.stderr or not done.returncode
+    done = once('--log-file', '/nonexistent/log', source, far, 'bash', expect=None)
+    assert done.returncode in (1, 2) and '/nonexistent/log' in done.stderr
+
+
+# ---- stopping
+
+def fault_stop(running, number, replica, whole):
+    """Stops it, and looks at what it left: nothing running, nothing staged, no part of a file."""
+    at = time.monotonic()
+    running.process.send_signal(number)
+    status = running.process.wait(10)
+    took = time.monotonic() - at
+    assert took < FAULT_STOP_SECONDS, took
+    assert status == (-9 if number == signal.SIGKILL else 0), (status, running.log())
+    fault_nothing_left(replica)
+    for kind, mode, mtime, data in tree_of(replica).values() if os.path.isdir(replica) else ():
+        assert kind != stat.S_IFREG or data in whole
+    assert 'Traceback' not in running.err()
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda n: n.name)
+@pytest.mark.parametrize('when', ['idle', 'in a large file', 'in a slow large file', 'in a bulk', 'without a far side',
+                                  'while it starts', 'in a remote hook', 'when it is stopped'])
+def test_a_signal_ends_all_at_once_and_leaves_nothing(tmp_path, number, when):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    os.mkdir(far)
+    write(source + '/file', 'data')
+    slow = {'in a slow large file': 0.2}.get(when)
+    connect, options = ['dash'], []
+    if slow or when == 'in a large file':
+        connect, controls = fault_relay(tmp_path, 'dash', slow=slow or 0.002)
+    if when == 'without a far side':
+        connect, options = ['false'], ['--wait']
+    if when == 'while it starts':
+        connect = ['sh', '-c', 'sleep 1000']
+    if when == 'in a remote hook':
+        options = ['--remote-hook', 'touch ../hooked; sleep 1000']
+    if when == 'in a bulk':
+        for i in range(4000):
+            write('%s/%d/%d' % (source, i % 40, i), '%d' % i * 50)
+        whole = {data for kind, *_, data in tree_of(source).values() if kind == stat.S_IFREG}
+    else:
+        whole = {b'data', FAULT_BIG}
+    with Running(tmp_path, *options, source, far, *connect, wait=when in ('idle', 'when it is stopped')) as running:
+        if 'large' in when:
+            until(lambda: fault_staging(far) or os.path.isfile(far + '/src/file'))
+            write(source + '/big', FAULT_BIG)
+            until(lambda: any(os.path.getsize(os.path.join(d, name)) for path in fault_staging(far)
+                              for d, _, names in os.walk(path) for name in names if name.startswith('part')))
+        elif when == 'in a bulk':
+            until(lambda: os.path.isdir(far + '/src') and len(os.listdir(far + '/src')) > 1)
+        elif when == 'without a far side':
+            running.says('waiting for the far side')
+        elif when == 'while it starts':
+            until(lambda: fault_children(running))
+        elif when == 'in a remote hook':
+            until(lambda: os.path.exists(far + '/hooked'))
+        elif when == 'when it is stopped':
+            for pid in running.connections():
+                os.kill(pid, signal.SIGSTOP)
+            write(source + '/file', 'data')
+        if when == 'when it is stopped' and number == signal.SIGKILL:
+            pids = running.connections()            # nobody is left who could end what is stopped
+            running.process.kill()
+            running.process.wait()
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+            fault_nothing_left(far)
+        elif when in ('in a remote hook', 'while it starts', 'in a slow large file') and number == signal.SIGKILL:
+            connections = running.connections()
+            running.process.kill()
+            running.process.wait()
+            for pid in connections:                 # nor one that sleeps and does not listen, or is still to be told, or is still to be told
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)
+        else:
+            fault_stop(running, number, far + '/src', whole)
+    if 'large' in when and number == signal.SIGKILL:
+        once('--no-replicate-on-change', source, far, 'dash')
+        assert not difference(source, far + '/src')
+
+
+def fault_children(running):
+    with contextlib.suppress(OSError):
+        return running.connections()
+
+
+def test_killed_at_any_moment_it_leaves_whole_files_and_the_next_start_mends_all(tmp_path):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    replica = far + '/src'
+    fault_all_records(source)
+    whole = {data for kind, *_, data in tree_of(source).values() if kind == stat.S_IFREG}
+    os.mkdir(far)
+    dice = random.Random(3)
+    for turn in range(14):
+        number = signal.SIGKILL if turn % 2 else signal.SIGTERM
+        with Running(tmp_path, '--mirror', source, far, 'dash', wait=False) as running:
+            end = time.monotonic() + dice.uniform(0.05, 0.6)
+            while time.monotonic() < end:
+                write(source + '/file', '%d' % turn)
+                data = FAULT_BIG[:dice.randrange(1 << 20, 6 << 20)]
+                whole.update((b'%d' % turn, b'', data))
+                write(source + '/big', data)
+                for i in range(50):
+                    write('%s/bulk/%d' % (source, i), '%d' % turn)
+            at = time.monotonic()
+            running.process.send_signal(number)
+            running.process.wait(10)
+            assert time.monotonic() - at < FAULT_STOP_SECONDS, turn
+            until(lambda: not fault_processes(replica), 3, lambda: fault_processes(replica))
+            for path, (kind, mode, mtime, data) in (tree_of(replica) if os.path.isdir(replica) else {}).items():
+                hidden = any(fr.STAGING.fullmatch(part) for part in path.split('/'))
+                assert kind != stat.S_IFREG or hidden and number == signal.SIGKILL or data in whole or len(data) < 3 << 20
+    once('--mirror', '--no-replicate-on-change', source, far, 'dash')
+    assert not difference(source, replica)
+
+
+# ---- hostile names and contents
+
+FAULT_WORDS = [
+    '-rf', '--', '-', '-n', '-e', '=', '!', '#', '~', '*', '?', '[a]', '[!a]*', '{a,b}', '$HOME', '$(touch pwned)', '`touch pwned`',
+    '"', "'", "'; touch pwned; '", '"; touch pwned; "', '\\', '\\n', '\\c', '\\0', '\\\\', '%s%n', '%', ' ', '  two', 'end ', '\t',
+    '\n', '\n\n', 'a\n', '\na', 'a\n\nb', 'a\nb\n', '\r', 'a\r\n', '\x7f', '\x1b[31m', '\x01', '...', '..a', '. ', '.a\n', '&', '|', ';', '<',
+    '>', '(', ')', 'file 1 1 077 - 0 -', 'beat 1 0 ', 'clean 1 0', '0', '5', 'ready', 'listed', '+ tar+ fine sha256sum 1', 'NONCE.', 'EOF',
+    'b', 's', 'p', 'x', 'part1', 'hook', 'main', 'leave', '.file_replicator', '.file_replicator.', '.file_replicator.0123456789a',
+    '.file_replicator.0123456789ab.txt', 'ü', '€', '\udcff', '\udcc3', 'a\udc80b', 'x' * 255, "'" * 200, '\n' * 200, '%' * 250, '\\' * 250,
+    'con', 'a:b', '!!', '^', 'nul\x02', '😀', '.gitignore ', '@', '@1', ',', '//'.replace('/', '|'), '*.*', 'a b c\td']
+
+
+def fault_hostile(top):
+    for name in FAULT_WORDS + [os.fsdecode(bytes([b])) for b in range(1, 256) if b not in b'/.'] \
+            + [os.fsdecode(b'a%cz' % b) for b in range(1, 256) if b not in b'/']:
+        write(os.path.join(top, 'files', name), os.fsencode(name))
+    for name in FAULT_WORDS:
+        write(os.path.join(top, 'dirs', name, name), os.fsencode(name) + b'\n')
+        os.makedirs(os.path.join(top, 'links'), exist_ok=True)
+        os.symlink(name, os.path.join(top, 'links', name))
+        os.makedirs(os.path.join(top, 'empty', name))
+    every = bytes(range(256))
+    for i, data in enumerate((every, every * 300, b'\0' * 3000, b'-n', b'\\c', b'%s', b"'", b'\n', b'no end', b'0123456789ab.\n' * 9,
+                              b'file 1 1 077 - 0 -\n./x\n3\nabc', b'\r\n', every[::-1] * 5000)):
+        write('%s/contents/%d' % (top, i), data)
+
+
+@fault_in_each_shell
+def test_hostile_names_and_contents_arrive_and_nothing_in_them_is_run(tmp_path, shell):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    os.mkdir(far)
+    fault_hostile(source + '/at first')
+    with Running(tmp_path, '--no-gitignore', source, far, *shell_command(tmp_path, shell), cwd=str(tmp_path)) as running:
+        until_equal(source, far + '/src', running=running)
+        for name in FAULT_WORDS:                # one by one
+            write(os.path.join(source, name), 'alone', 0o600)
+        until_equal(source, far + '/src', running=running)
+        for name in FAULT_WORDS:
+            os.rename(os.path.join(source, name), os.path.join(source, 'at first', name))
+            os.chmod(os.path.join(source, 'at first/files', name), 0o751)
+            os.rename(os.path.join(source, 'at first/dirs', name), os.path.join(source, name))
+        until_equal(source, far + '/src', running=running)
+        shutil.rmtree(source + '/at first')
+        until_equal(source, far + '/src', running=running)
+        running.cut()
+        for name in FAULT_WORDS:
+            shutil.rmtree(os.path.join(source, name))
+        until_equal(source, far + '/src', running=running)
+        assert all(line.startswith('file_replicator: conn') for line in running.err().splitlines())
+        shown = running.out() + running.err()
+        assert not re.search(r'[\x00-\x09\x0b-\x1f\x7f]', shown), 'a name reaches the terminal as it is'
+    assert not [d for d, _, names in os.walk(str(tmp_path)) if 'pwned' in names] and not os.path.exists('pwned')
+
+
+@pytest.mark.parametrize('shell', ['bash', 'dash'])
+def test_hostile_names_and_contents_arrive_without_tar(tmp_path, shell):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    os.mkdir(far)
+    fault_hostile(source)
+    connect = shell_command(tmp_path, shell)
+    fault_command(tmp_path / ('shims-' + shell), 'tar', '#!/bin/sh\nexit 1\n')
+    once('--no-gitignore', '--no-replicate-on-change', source, far, *connect)
+    assert not difference(source, far + '/src')
+
+
+def test_names_that_our_staging_has_are_left_out_with_a_notice(tmp_path):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    os.mkdir(far)
+    names = ['.file_replicator.0123456789ab', '.file_replicator.0123456789ab-new']
+    for name in names:
+        write(os.path.join(source, name), 'data')
+        write(os.path.join(source, 'd', name, 'in'), 'data')
+    write(source + '/fine', 'data')
+    done = once('--no-replicate-on-change', source, far, 'bash')
+    assert sorted(tree_of(far + '/src')) == ['.', 'd', 'fine'] and done.stderr.count('is left out') == 4
+
+
+# ---- mirror and clean-out
+
+def fault_receiver(root, flags, **env):
+    """What the receiver says to a root and flags, without a record."""
+    done = subprocess.run(['sh', '-c', '%s\nmain - 0123456789ab %s %s ""' % (fr.RECEIVER, shlex.quote(root), flags)],
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd='/',
+                          env=dict(os.environ, **env))
+    return done.stdout.decode()
+
+
+@pytest.mark.parametrize('root', ['/', '//', '/.', '/usr/..', ''])
+def test_a_clean_out_of_everything_or_nothing_is_refused(root):
+    said = fault_receiver(root, 'gd-') if root else fault_receiver(root, 'g-')
+    assert 'stop' in said and 'ready' not in said, said
+
+
+@pytest.mark.parametrize('flag', [['--mirror'], ['--clean-out-first'], ['--mirror', '--dry-run']], ids=' '.join)
+@pytest.mark.parametrize('home', ['far/src', 'far/src/', 'far/src/me', 'link/src', 'link/src/me', 'far/./src//me'])
+def test_a_mirror_or_clean_out_of_the_home_directory_over_there_is_refused(tmp_path, flag, home):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/file', 'data')
+    write(far + '/src/me/precious', 'precious')
+    os.symlink('far', str(tmp_path / 'link'))           # as where /home is a link to /usr/home
+    before = tree_of(far)
+    done = once(*flag, '--no-replicate-on-change', source, far, 'env', 'HOME=%s/%s' % (tmp_path, home), 'bash', expect=1)
+    assert 'home' in done.stderr and tree_of(far) == before
+
+
+def test_a_dry_run_changes_nothing_and_counts_what_would_be_removed(tmp_path):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/file', 'data')
+    for i in range(7):
+        write('%s/src/d/%d' % (far, i), 'there')
+    before = tree_of(far)
+    done = once('--mirror', '--dry-run', source, far, 'bash')
+    assert done.stdout.count('would remove') == 8 and tree_of(far) == before
+    done = once('--clean-out-first', '--dry-run', source, far, 'bash')
+    assert re.search(r'would (remove|empty)[^\n]*\b8\b', done.stdout) or done.stdout.count('would remove') == 8, done.stdout
+    assert tree_of(far) == before
+
+
+@fault_in_each_shell
+@pytest.mark.parametrize('flag', ['--mirror', '--clean-out-first'])
+def test_removing_never_crosses_a_link_or_a_mount_point(fault_open, shell, flag):
+    """Neither another file system nor, bound to a place in the replica, a directory of the same one."""
+    tmp, source, replica = fault_open, fault_open + '/src', fault_open + '/far/src'
+    victim, before = fault_victim(tmp)
+    write(source + '/file', 'data')
+    write(source + '/kept/file', 'data')
+    write(replica + '/extra/file', 'goes')
+    for name in ('bound', 'deep/bound', 'mounted'):
+        os.makedirs(os.path.join(replica, name))
+    os.symlink(victim, replica + '/link')
+    os.symlink(victim, replica + '/extra/link')
+    with fault_tmpfs(replica + '/mounted', 'size=1m'), fault_mount(replica + '/bound', '--bind', victim), \
+            fault_mount(replica + '/deep/bound', '--bind', victim):
+        write(replica + '/mounted/d/file', 'stays')
+        once(flag, '--no-replicate-on-change', source, tmp + '/far', *shell_command(tmp, shell), expect=None)
+        assert open(replica + '/mounted/d/file').read() == 'stays'
+        assert tree_of(victim) == before
+        assert not os.path.lexists(replica + '/link') and not os.path.lexists(replica + '/extra')
+        assert open(replica + '/kept/file').read() == 'data'
+
+
+# ==== What is left out, what is done after, and what is seen ===============================================
+#
+# git is the oracle for --gitignore. Hundreds of random trees are looked at in this process, by the program's
+# own LeftOut and Source with a real inotify and a real git; a dozen go through the whole program.
+
+GIT_NAMES = ['a', 'b', 'c d', 'build', 'x.log', 'y.o', 'doc', 'é', 'x.txt', '-n', '[z]', '!q', 'Makefile']
+GIT_PATTERNS = ['*.log', '*.o', 'build/', 'build', '!x.log', '!build/', '/a', 'a', 'a/b', '**/b', 'b/',
+                'doc/**', 'a/*', '!a/b', '[ab]', '*', '!*/', '!*.txt', 'c d', '\\!q', '# none', '', 'doc/*.o',
+                'a/**/x.log', '[[]z]', '-n', '?', 'é', '!/doc', '/*/b', 'x.*', '!y.o', 'build/*',
+                '!build/x.log', 'build/**/a', '*.txt   ', 'M?k*e']
+
+
+def git(top, *words, check=True, **environment):
+    """Runs git; no configuration of this computer's user is seen."""
+    need('git')
+    env = dict({k: v for k, v in os.environ.items() if not k.startswith('GIT_') or k == 'GIT_CONFIG_GLOBAL'},
+               GIT_AUTHOR_NAME='t', GIT_AUTHOR_EMAIL='t@t', GIT_COMMITTER_NAME='t', GIT_COMMITTER_EMAIL='t@t',
+               **environment)
+    done = subprocess.run(['git', '-c', 'protocol.file.allow=always', '-C', str(top), *map(str, words)],
+                          env=env,
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert not check or not done.returncode, done.stderr
+    return done.stdout
+
+
+def git_init(top):
+    os.makedirs(str(top), exist_ok=True)
+    git(top, 'init', '-q', '--template=')
+    os.makedirs(os.path.join(str(top), '.git', 'info'), exist_ok=True)
+
+
+def git_all_paths(top):
+    """All paths below a directory but those of repositories' own."""
+    directories, files = set(), set()
+    for at, names, others in os.walk(top):
+        names[:] = [name for name in names if name != '.git']
+        below = os.path.relpath(at, top) + '/' if at != top else ''
+        directories.update(below + name for name in names if not os.path.islink(os.path.join(at, name)))
+        files.update(below + name for name in others + names if below + name not in directories
+                     and name != '.git')
+    return directories, files
+
+
+def git_oracle(top, repository=True):
+    """What git says belongs to a directory: the files it lists, and of the directories (git lists none) those
+    that hold such a file (or did: the index still has it), and those that no pattern ignores: an empty one
+    too, and one that holds ignored files only."""
+    elsewhere = {} if repository else {'GIT_DIR': str(top) + '.oracle', 'GIT_WORK_TREE': str(top)}
+    if elsewhere and not os.path.isdir(elsewhere['GIT_DIR']):
+        git('/', 'init', '-q', '--template=', '--bare', elsewhere['GIT_DIR'])
+        git('/', 'config', '-f', elsewhere['GIT_DIR'] + '/config', 'core.bare', 'false')
+    directories, files = git_all_paths(top)
+    listed = git(top, 'ls-files', '-co', '--exclude-standard', '-z', **elsewhere)
+    listed = {os.fsdecode(path) for path in listed.split(b'\0')}
+    ignored = subprocess.run(['git', '-C', top, 'check-ignore', '--no-index', '-z', '--stdin'],
+                             stdout=subprocess.PIPE,
+                             input=b''.join(os.fsencode(path) + b'\0' for path in directories),
+                             env=dict(os.environ, **elsewhere)).stdout
+    wanted = directories - {os.fsdecode(path) for path in ignored.split(b'\0')}
+    above = {path[:at.start()] for path in listed for at in re.finditer('/', path)}
+    return listed & files | above & directories | wanted
+
+
+def git_some_patterns(chance):
+    return '\n'.join(chance.choice(GIT_PATTERNS) for _ in range(chance.randint(1, 4))) + '\n'
+
+
+def git_grow(top, chance, depth=0):
+    """A random tree, small in names so that patterns meet them."""
+    for name in chance.sample(GIT_NAMES, chance.randint(1, 5)):
+        path = os.path.join(top, name)
+        if os.path.lexists(path):
+            continue
+        if depth < 3 and chance.random() < 0.45:
+            os.mkdir(path)
+            if chance.random() < 0.85:
+                git_grow(path, chance, depth + 1)
+        elif chance.random() < 0.1:
+            os.symlink(chance.choice(GIT_NAMES), path)
+        else:
+            write(path, name)
+    if chance.random() < (0.8 if not depth else 0.25):
+        write(os.path.join(top, '.gitignore'), git_some_patterns(chance))
+
+
+def git_track_some(top, chance):
+    files = sorted(git_all_paths(top)[1])
+    if files:
+        git(top, 'add', '-f', '--',
+            *(':(literal)' + path for path in chance.sample(files, min(len(files), chance.randint(1, 3)))))
+
+
+def git_looked_at(top, watched=False, excludes=()):
+    """(Source, what it has looked at), as the program does it."""
+    options = fr.parse(['--quiet', top, '/nowhere', 'true'])
+    report = fr.Report(options)
+    source = fr.Source(top, fr.LeftOut(top, excludes, True), fr.Watch(top, watched), report)
+    source.hint('', fr.CONTENT)
+    return source, git_seen(source)
+
+
+def git_seen(source):
+    for _ in range(8):
+        source.listen()
+        for path in list(source.later):
+            source.hint(path, source.later[path][2])
+        if not source.hints and not source.rules_changed:
+            break
+        source.look()
+    return set(source.tree.below(''))
+
+
+def git_close(source):
+    source.left_out.close()
+    source.watch.give_up('the end')
+    for each in source.left_out.git.values():
+        if each.throwaway:
+            shutil.rmtree(each.throwaway)
+
+
+def git_random(base, seed, kind):
+    """A random tree of a kind in a new directory: what to replicate, and whether git knows it."""
+    chance = random.Random('%s %s' % (kind, seed))
+    top = os.path.join(str(base), '%s%d' % (kind.replace(' ', ''), seed))
+    os.mkdir(top)
+    if kind == 'linked work tree':
+        git_init(top + '.main')
+        git(top + '.main', 'commit', '-q', '--allow-empty', '-m', 'x')
+        git(top + '.main', 'worktree', 'add', '-q', top, '--detach')
+    elif kind != 'no repository':
+        git_init(top)
+    git_grow(top, chance)
+    repository = kind != 'no repository'
+    if repository:
+        if chance.random() < 0.4:
+            git_track_some(top, chance)
+        if chance.random() < 0.3:
+            write(os.path.join(top + '.main' if kind == 'linked work tree' else top, '.git/info/exclude'),
+                  git_some_patterns(chance))
+    source = top
+    if kind == 'subdirectory':
+        source = os.path.join(top, 'a')
+        if not os.path.isdir(source) or os.path.islink(source):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(source)
+            os.mkdir(source)
+        git_grow(source, chance)
+    return source, repository, chance
+
+
+def git_global(monkeypatch, tmp_path, patterns):
+    write(str(tmp_path / 'global-ignore'), patterns)
+    write(str(tmp_path / 'gitconfig'), '[core]\n\texcludesFile = %s\n' % (tmp_path / 'global-ignore'))
+    monkeypatch.setenv('GIT_CONFIG_GLOBAL', str(tmp_path / 'gitconfig'))
+
+
+def git_ignores_itself(source):
+    return subprocess.run(['git', '-C', source, 'check-ignore', '-q', '.']).returncode == 0
+
+
+@pytest.mark.parametrize('kind, count', [('work tree', 90), ('subdirectory', 60), ('no repository', 60),
+                                         ('linked work tree', 25)])
+def test_what_is_replicated_is_what_git_lists_in_any_tree(tmp_path, monkeypatch, kind, count):
+    git_global(monkeypatch, tmp_path, 'Makefile\n')
+    wrong = []
+    for seed in range(count):
+        top, repository, _ = git_random(tmp_path, seed, kind)
+        if kind == 'subdirectory' and git_ignores_itself(top):
+            with pytest.raises(fr.Stop, match='ignores all'):
+                git_looked_at(top)
+            continue
+        wanted = git_oracle(top, repository)
+        source, seen = git_looked_at(top)
+        git_close(source)
+        if seen != wanted:
+            wrong.append((seed, 'missing', sorted(wanted - seen), 'too many', sorted(seen - wanted)))
+    assert not wrong, (len(wrong), wrong[:3])
+
+
+def git_change(top, chance, repository):
+    """One random thing that people do in a work tree."""
+    directories, files = map(sorted, git_all_paths(top))
+    somewhere = chance.choice(directories + [''])
+    path = os.path.join(top, somewhere, chance.choice(GIT_NAMES))
+    what = chance.choice(['write', 'write', 'grow', 'remove', 'move', 'move', 'rules', 'no rules', 'track',
+                          'untrack'])
+    if what == 'write' and not os.path.lexists(path):
+        write(path, b'new')
+    elif what == 'grow' and not os.path.lexists(path):
+        os.mkdir(path)
+        git_grow(path, chance, 2)
+    elif what == 'remove' and files:
+        os.unlink(os.path.join(top, chance.choice(files)))
+    elif what == 'move' and directories:
+        old = os.path.join(top, chance.choice(directories))
+        if not os.path.lexists(path) and not path.startswith(old + '/'):
+            os.rename(old, path)
+    elif what == 'rules':
+        write(os.path.join(top, somewhere, '.gitignore'), git_some_patterns(chance))
+    elif what == 'no rules':
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(top, somewhere, '.gitignore'))
+    elif what == 'track' and files and repository:
+        git(top, 'add', '-f', '--', ':(literal)' + chance.choice(files))
+    elif what == 'untrack' and repository:
+        git(top, 'rm', '-rq', '--cached', '--ignore-unmatch', '-f', '--', '.')
+    return what, os.path.relpath(path, top)
+
+
+@pytest.mark.parametrize('kind, count', [('work tree', 40), ('no repository', 25)])
+def test_what_changes_under_watch_is_decided_as_git_would_from_scratch(tmp_path, kind, count):
+    wrong = []
+    for seed in range(count):
+        top, repository, chance = git_random(tmp_path, 1000 + seed, kind)
+        source, _ = git_looked_at(top, watched=True)
+        done = []
+        for _ in range(6):
+            done = done[-2:] + [git_change(top, chance, repository) for _ in range(chance.randint(1, 2))]
+            seen, wanted = git_seen(source), git_oracle(top, repository)
+            if seen != wanted:
+                wrong.append((seed, done, 'missing', sorted(wanted - seen), 'too many',
+                              sorted(seen - wanted)))
+                break
+        git_close(source)
+    assert not wrong, (len(wrong), wrong[:4])
+
+
+def option_paths(root):
+    """All paths below a directory, sorted: what is there, without how it is, and without our staging."""
+    return sorted(path for path in tree_of(str(root)) if path != '.' and not fr.STAGING.match(path))
+
+
+def option_source(tmp_path, *paths):
+    """A source `src` with these files, which hold their own path (one that ends in / is a directory), and
+    where the replica will be."""
+    source, there = tmp_path / 'src', tmp_path / 'there'
+    there.mkdir(exist_ok=True)
+    source.mkdir(exist_ok=True)
+    for path in paths:
+        if path.endswith('/'):
+            os.makedirs(str(source / path), exist_ok=True)
+        else:
+            write(str(source / path), os.fsencode(path))
+    return source, there / 'src'
+
+
+def option_age(root):
+    """Gives all files an old time: what changed just now is sent again at a start, whatever its time says."""
+    for path in git_all_paths(str(root))[1]:
+        os.utime(os.path.join(str(root), path), ns=(1, 1600000000 * 10**9 + 123456789))
+
+
+OPTION_FARS = ['bash', 'busybox only']
+
+
+def option_far(tmp_path, far='bash'):
+    """Connection command, DEST_PARENT_DIR as the far side sees it, and the directory that is here."""
+    if far == 'bash':
+        return ['bash'], str(tmp_path / 'there'), str(tmp_path / 'there')
+    if os.getuid():
+        pytest.skip('a chroot needs root')
+    root = busybox_root(str(tmp_path / 'root'))
+    return [need('chroot'), root, '/bin/sh'], '/srv', os.path.join(root, 'srv')
+
+
+def option_once(tmp_path, *options, far='bash', **more):
+    """Replicates tmp_path/src once; returns the CompletedProcess."""
+    command_words, parent, _ = option_far(tmp_path, far)
+    return once('--no-replicate-on-change', *options, tmp_path / 'src', parent, *command_words, **more)
+
+
+def option_watching(tmp_path, *options, far='bash', **more):
+    command_words, parent, _ = option_far(tmp_path, far)
+    return Running(tmp_path, *options, tmp_path / 'src', parent, *command_words, **more)
+
+
+def option_replica(tmp_path, far='bash'):
+    return os.path.join(option_far(tmp_path, far)[2], 'src')
+
+
+def option_lines(text, *verbs):
+    """The paths of the lines that begin with one of these verbs."""
+    found = (re.match(r'(\w+) (.*?)/?(?: \([^)]*ms\))?$', line) for line in text.splitlines())
+    return [each.group(2) for each in found if each and each.group(1) in verbs]
+
+
+def option_has(root, *paths):
+    return all(os.path.lexists(os.path.join(str(root), path)) for path in paths)
+
+
+# ---- --gitignore, through the whole program
+
+@pytest.mark.parametrize('far', OPTION_FARS)
+@pytest.mark.parametrize('seed, kind', [(5, 'work tree'), (6, 'subdirectory'), (7, 'no repository'),
+                                        (8, 'linked work tree'),
+                                        (9, 'work tree'), (10, 'no repository')])
+def test_the_replica_holds_what_git_lists(tmp_path, seed, kind, far):
+    top, repository, _ = git_random(tmp_path, seed, kind)
+    if not git_oracle(top, repository):
+        write(os.path.join(top, 'a.txt'))
+    os.symlink(top, str(tmp_path / 'src'))
+    option_once(tmp_path, far=far)
+    assert set(option_paths(option_replica(tmp_path, far))) == git_oracle(top, repository)
+
+
+def test_nothing_is_left_out_with_no_gitignore(tmp_path):
+    source, there = option_source(tmp_path, 'a.log', 'build/b', '.gitignore')
+    write(str(source / '.gitignore'), '*.log\nbuild/\n')
+    git_init(source)
+    option_once(tmp_path, '--no-gitignore')
+    assert not difference(str(source), str(there))
+
+
+def test_a_directory_that_holds_only_ignored_files_is_replicated_and_what_comes_into_it_arrives(tmp_path):
+    source, there = option_source(tmp_path, 'logs/a.log', 'logs/old/b.log', 'empty/', 'build/c')
+    write(str(source / '.gitignore'), '*.log\nbuild/\n')
+    git_init(source)
+    with option_watching(tmp_path):
+        assert option_paths(there) == ['.gitignore', 'empty', 'logs', 'logs/old']
+        write(str(source / 'logs/old/new.txt'), 'new')
+        until(lambda: option_has(there, 'logs/old/new.txt'), 5)
+
+
+def test_a_subdirectory_that_holds_only_ignored_files_is_no_error(tmp_path):
+    source, there = option_source(tmp_path, 'a.log')
+    git_init(tmp_path)
+    write(str(tmp_path / '.gitignore'), '*.log\n')
+    option_once(tmp_path)
+    assert option_paths(there) == []
+
+
+def test_a_source_that_git_ignores_altogether_is_an_error_that_names_the_way_out(tmp_path):
+    option_source(tmp_path, 'a')
+    git_init(tmp_path)
+    write(str(tmp_path / '.gitignore'), 'src/\n')
+    assert '--no-gitignore' in option_once(tmp_path, expect=1).stderr
+    option_once(tmp_path, '--no-gitignore')
+
+
+@pytest.mark.parametrize('repository', [True, False])
+def test_a_changed_gitignore_is_taken_up_while_watching(tmp_path, repository):
+    source, there = option_source(tmp_path, 'a.log', 'b.o', 'out/c', 'deep/er/d.log', 'deep/er/e.tmp')
+    write(str(source / '.gitignore'), '*.log\nout/\n')
+    if repository:
+        git_init(source)
+    with option_watching(tmp_path) as running:
+        assert option_paths(there) == ['.gitignore', 'b.o', 'deep', 'deep/er', 'deep/er/e.tmp']
+        write(str(source / '.gitignore'), '*.o\n')
+        until(lambda: option_has(there, 'a.log', 'out/c', 'deep/er/d.log'), 5, running.log)
+        write(str(source / 'b.o'), 'now ignored')
+        write(str(source / 'out/c'), 'now watched')
+        until(lambda: (there / 'out/c').read_bytes() == b'now watched', 5)
+        assert (there / 'b.o').read_bytes() == b'b.o'         # it stays as it was, untouched
+        os.unlink(str(source / 'b.o'))
+        write(str(source / 'deep/er/.gitignore'), 'e.tmp\n')   # nested, and new
+        until(lambda: option_has(there, 'deep/er/.gitignore'), 5)
+        os.unlink(str(source / 'deep/er/e.tmp'))
+        os.unlink(str(source / '.gitignore'))
+        write(str(source / 'f.o'))
+        until(lambda: option_has(there, 'f.o') and not option_has(there, '.gitignore'), 5)
+        assert option_has(there, 'b.o', 'deep/er/e.tmp')
+
+
+def test_rules_that_stand_elsewhere_are_taken_up_while_watching(tmp_path):
+    source, there = option_source(tmp_path, 'a.log', 'b.tmp')
+    write(str(tmp_path / '.gitignore'), '*.log\n')
+    git_init(tmp_path)
+    write(str(tmp_path / '.git/info/exclude'), '*.tmp\n')
+    with option_watching(tmp_path):
+        assert option_paths(there) == []
+        write(str(tmp_path / '.git/info/exclude'), '')
+        until(lambda: option_has(there, 'b.tmp'), 5)
+        write(str(tmp_path / '.gitignore'), '')             # above SRC_DIR, in the same work tree
+        until(lambda: option_has(there, 'a.log'), 5)
+
+
+def test_what_is_made_while_watching_is_decided_as_git_would(tmp_path):
+    source, there = option_source(tmp_path, 'a.txt', 'build/kept', 'build/b.o')
+    write(str(source / '.gitignore'), 'build/\nnode_modules/\n*.o\n!main.o\n')
+    git_init(source)
+    git(source, 'add', '-f', 'build/kept')
+    with option_watching(tmp_path):
+        assert option_paths(there) == ['.gitignore', 'a.txt', 'build', 'build/kept']
+        write(str(source / 'new/node_modules/deep/x'))
+        write(str(source / 'new/main.o'))
+        write(str(source / 'new/other.o'))
+        write(str(source / 'build/c'))
+        write(str(source / 'build/kept'), 'changed')
+        write(str(source / 'last'))
+        until(lambda: option_has(there, 'new/main.o', 'last')
+              and (there / 'build/kept').read_bytes() == b'changed', 5)
+        assert option_paths(there) == ['.gitignore', 'a.txt', 'build', 'build/kept', 'last', 'new',
+                                       'new/main.o']
+        git(source, 'add', '-f', 'new/other.o', 'build/b.o')
+        until(lambda: option_has(there, 'new/other.o', 'build/b.o'), 5)
+        git(source, 'rm', '-q', '--cached', 'build/b.o')
+        write(str(source / 'build/b.o'), 'ignored again')
+        os.rename(str(source / 'new/node_modules'), str(source / 'new/modules'))
+        until(lambda: option_has(there, 'new/modules/deep/x'), 5)
+        os.rename(str(source / 'a.txt'), str(source / 'a.o'))
+        until(lambda: not option_has(there, 'a.txt'), 5)
+        write(str(source / 'last'), 'once more')
+        until(lambda: (there / 'last').read_bytes() == b'once more', 5)
+        assert not option_has(there, 'a.o') and (there / 'build/b.o').read_bytes() == b'build/b.o'
+
+
+def test_ignored_directories_are_neither_listed_nor_watched(tmp_path):
+    source, there = option_source(tmp_path, 'a/b/c', *('node_modules/m%d/lib/x' % n for n in range(40)),
+                                  'secret/x')
+    write(str(source / '.gitignore'), 'node_modules/\nsecret/\n')
+    git_init(source)
+    with option_watching(tmp_path) as running:
+        watches = 0
+        for name in os.listdir('/proc/%d/fdinfo' % running.process.pid):
+            watches += running.read('/proc/%d/fdinfo/%s' % (running.process.pid, name)).count('inotify wd:')
+        assert 3 <= watches <= 6                # the root, a, a/b; and git's own directory
+    os.chmod(str(source / 'secret'), 0)
+    try:                                        # nobody with no power at all but that the files are its own
+        done = subprocess.run([need('setpriv'), '--inh-caps=-all', '--bounding-set=-all',
+                               *command('--no-replicate-on-change', source, tmp_path / 'there', 'bash')],
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert (done.returncode, done.stderr) == (0, b'')
+        done = subprocess.run([need('setpriv'), '--inh-caps=-all', '--bounding-set=-all', 'ls',
+                               str(source / 'secret')],
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert done.returncode, 'this test proves nothing: the directory can be read'
+    finally:
+        os.chmod(str(source / 'secret'), 0o700)
+    assert option_paths(there) == ['.gitignore', 'a', 'a/b', 'a/b/c']
+
+
+def option_path_without_git(tmp_path):
+    tools = tmp_path / 'tools'
+    tools.mkdir()
+    for directory in ('/usr/bin', '/bin', '/usr/sbin', '/sbin'):
+        for name in os.listdir(directory):
+            if not name.startswith('git') and not os.path.lexists(str(tools / name)):
+                os.symlink(os.path.join(directory, name), str(tools / name))
+    return {'PATH': str(tools)}
+
+
+def test_git_missing_where_a_gitignore_stands_is_a_clear_error(tmp_path):
+    source, there = option_source(tmp_path, 'a', 'deep/b')
+    env = option_path_without_git(tmp_path)
+    option_once(tmp_path, env=env)
+    assert option_has(there, 'a', 'deep/b')
+    with option_watching(tmp_path, env=env) as running:
+        write(str(source / 'deep/.gitignore'), 'b\n')
+        running.says('--no-gitignore', 5)       # whether it ends then or goes on, it says so
+    error = option_once(tmp_path, env=env, expect=1).stderr
+    assert len(error.splitlines()) == 1 and 'deep/.gitignore' in error and '--no-gitignore' in error
+    option_once(tmp_path, '--no-gitignore', env=env)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason='giving a directory to somebody else needs root')
+def test_git_refusing_a_repository_of_somebody_else_is_a_clear_error(tmp_path):
+    source, there = option_source(tmp_path, 'a')
+    git_init(source)
+    for directory, names, files in os.walk(str(source)):
+        for name in ['.', *files]:
+            os.chown(os.path.join(directory, name), 12345, 12345)
+    (tmp_path / 'home').mkdir()
+    env = {'HOME': str(tmp_path / 'home'), 'XDG_CONFIG_HOME': str(tmp_path / 'home')}
+    error = option_once(tmp_path, env=env, expect=1).stderr
+    assert 'dubious ownership' in error and '--no-gitignore' in error and len(error.splitlines()) == 1
+    assert not there.exists() or option_paths(there) == []
+    option_once(tmp_path, '--no-gitignore', env=env)
+
+
+def test_nested_repositories_and_submodules_follow_their_own_rules(tmp_path):
+    source, there = option_source(tmp_path, 'a', 'nested/b.log', 'nested/b.o', 'vendor/dropped/x')
+    write(str(source / '.gitignore'), '*.log\nvendor/\n')
+    write(str(source / 'nested/.gitignore'), '*.o\n')
+    for top in (source, source / 'nested', source / 'vendor/dropped', tmp_path / 'library'):
+        git_init(top)
+    write(str(tmp_path / 'library/l'))
+    git(tmp_path / 'library', 'add', 'l')
+    git(tmp_path / 'library', 'commit', '-qm', 'l')
+    git(source, 'submodule', '-q', 'add', tmp_path / 'library', 'sub')
+    write(str(source / 'sub/.gitignore'), '*.tmp\n')
+    write(str(source / 'sub/m.tmp'))
+    write(str(source / 'sub/m.log'))
+    with option_watching(tmp_path):
+        wanted = ['.gitignore', '.gitmodules', 'a', 'nested', 'nested/.gitignore', 'nested/b.log', 'sub',
+                  'sub/.gitignore',
+                  'sub/l', 'sub/m.log']
+        assert option_paths(there) == wanted
+        for path in ('nested/new.o', 'nested/new.log', 'sub/new.tmp', 'sub/new.txt', 'new.log',
+                     'vendor/dropped/y'):
+            write(str(source / path))
+        git_init(source / 'later')              # a repository that comes while we watch
+        write(str(source / 'later/.gitignore'), 'z\n')
+        write(str(source / 'later/z'))
+        write(str(source / 'later/w'))
+        until(lambda: option_has(there, 'nested/new.log', 'sub/new.txt', 'later/w'), 5)
+        assert not {'nested/new.o', 'sub/new.tmp', 'new.log', 'vendor',
+                    'later/.git'} & set(option_paths(there))
+        write(str(source / 'sub/.gitignore'), '')
+        until(lambda: option_has(there, 'sub/m.tmp', 'sub/new.tmp'), 5)
+    option_once(tmp_path)
+    assert not option_has(there, 'nested/new.o', 'vendor')
+
+
+def test_a_commit_or_a_checkout_while_watching_brings_the_replica_along(tmp_path):
+    source, there = option_source(tmp_path, 'a', 'dir/b')
+    git_init(source)
+    git(source, 'add', '.')
+    git(source, 'commit', '-qm', 'one')
+    git(source, 'checkout', '-qb', 'other')
+    git(source, 'rm', '-q', 'dir/b')
+    write(str(source / '.gitignore'), '*.o\n')
+    write(str(source / 'c'), 'c')
+    git(source, 'add', '.')
+    git(source, 'commit', '-qm', 'two')
+    write(str(source / 'x.o'))
+    with option_watching(tmp_path) as running:
+        assert option_paths(there) == ['.gitignore', 'a', 'c']
+        git(source, 'checkout', '-q', '-')          # no rules there: x.o is no longer ignored
+        until(lambda: option_paths(there) == ['a', 'dir', 'dir/b', 'x.o'], 5, running.log)
+        git(source, 'checkout', '-q', 'other')
+        until(lambda: option_has(there, '.gitignore', 'c') and not option_has(there, 'dir'), 5, running.log)
+
+
+def test_asking_git_costs_little(tmp_path):
+    source, _ = option_source(tmp_path)
+    for n in range(3000):
+        write(str(source / ('d%d/e%d/f%d' % (n % 10, n % 100, n))))
+    git_init(source)
+    write(str(source / '.gitignore'), '*.log\n')
+    times = {}
+    for option in ('--no-gitignore', '--gitignore'):
+        began = time.monotonic()
+        once('--no-replicate-on-change', '--dry-run', option, source, tmp_path / 'there', 'bash')
+        times[option] = time.monotonic() - began
+    print('3,000 files looked at and compared:', times)
+
+
+# ---- --exclude
+
+@pytest.mark.parametrize('pattern, left_out, kept', [
+    ('*.log', 'a.log d/a.log d/e/.log', 'a.logs alog d/log'),
+    ('name', 'name name/ d/name d/e/name/', 'names aname d/nam'),
+    ('name/', 'name/ d/name/', 'name d/name names/'),
+    ('/name', 'name name/', 'd/name d/name/'),
+    ('/name/', 'name/', 'name d/name/'),
+    ('d/name', 'd/name d/name/', 'name e/d/name'),
+    ('d/name/', 'd/name/', 'd/name e/d/name/'),
+    ('d/*', 'd/a d/.b d/c/', 'd/ d/c/e e/d/a'),
+    ('d/**', 'd/a d/c/e', 'd/ e/d/a'),
+    ('**/name', 'name d/name d/e/name/', 'names d/names'),
+    ('/**/name', 'name d/name d/e/name/', 'names'),
+    ('d/**/name', 'd/name d/e/name d/e/f/name', 'name e/d/name d/names'),
+    ('?.c', 'a.c d/é.c', '.c ab.c d/.c'),
+    ('d?e', 'd.e dde', 'd/e'),
+    ('[ab].c', 'a.c d/b.c', 'c.c ab.c'),
+    ('[!ab].c', 'c.c d/d.c', 'a.c b.c .c'),
+    ('[^ab].c', 'c.c', 'a.c d/b.c'),
+    ('[a-c]x', 'ax d/cx', 'dx -x'),
+    ('d[!a]e', 'dbe', 'd/e dae'),
+    ('[]]', ']', '[ []'),
+    ('[[]', '[ d/[', ']'),
+    ('[', '[', 'a'),
+    ('a.c', 'a.c', 'abc'),
+    ('a+(b)|c$^', 'a+(b)|c$^', 'aab ab c'),
+    ('a b', 'a b d/a b', 'ab'),
+    ('.*', '.git .a d/.b', 'a d/e'),
+    ('*\n*', 'a\nb', 'ab'),
+    ('{a,b}', '{a,b}', 'a b'),
+    ('*', 'a .b d/', ''),
+])
+def test_a_pattern_leaves_out_exactly_what_it_says(pattern, left_out, kept):
+    regex, only_directories = fr.pattern_regex(pattern)
+
+    def excludes(path):
+        return bool(regex.fullmatch(path.rstrip('/')) and (path.endswith('/') or not only_directories))
+    words = [re.findall(r'a b|d/a b', text) if ' ' in pattern else text.split(' ')
+             for text in (left_out, kept)]
+    assert [path for path in words[0] if path and not excludes(path)] == []
+    assert [path for path in words[1] if path and excludes(path)] == []
+
+
+def test_patterns_mean_what_they_mean_to_git(tmp_path):
+    """Where both have the same forms: a table of our own could repeat a mistake of our own."""
+    chance = random.Random(4)
+    git_init(tmp_path)
+    paths = sorted({'/'.join(chance.choice(['a', 'b', 'ab', 'c.o', '.a', 'bb', 'c'])
+                             for _ in range(chance.randint(1, 4)))
+                    for _ in range(300)})
+    asked = b''.join(path.encode() + b'\0' for path in paths)
+    for _ in range(150):
+        names = [chance.choice(['a', 'b', '*', '?', '[ab]', '[!a]', '*.o', 'a*', '**', 'c', '?b', '[^b]*',
+                                '.*'])
+                 for _ in range(chance.randint(1, 3))]
+        pattern = chance.choice(['', '/']) + '/'.join(names)
+        if set(names) == {'**'}:
+            continue                            # all and everything: git's own forms differ here
+        write(str(tmp_path / '.git/info/exclude'), pattern + '\n')
+        said = subprocess.run(['git', '-C', str(tmp_path), 'check-ignore', '--no-index', '-z', '--stdin'],
+                              input=asked,
+                              stdout=subprocess.PIPE).stdout.decode().split('\0')
+        regex, _ = fr.pattern_regex(pattern)
+        ours = [path for path in paths
+                if any(regex.fullmatch('/'.join(path.split('/')[:n])) for n in range(1, path.count('/') + 2))]
+        assert set(ours) == set(said) - {''}, pattern
+
+
+@pytest.mark.parametrize('pattern', ['', '/', '//', '[z-a]'])
+def test_a_pattern_that_is_none_is_a_wrong_command_line(tmp_path, pattern):
+    option_source(tmp_path)
+    assert 'pattern' in option_once(tmp_path, '--exclude', pattern, expect=2).stderr
+
+
+OPTION_EXCLUDES = ['*.log', 'name', 'dir/', '/top', 'in/ner', 'x/**/y', '[ab].c', '.*', 'q?', 'back\\slash',
+                   '**', '*', 'é*']
+
+
+@pytest.mark.parametrize('pattern, far', [(pattern, far) for far in OPTION_FARS for pattern in OPTION_EXCLUDES
+                                          if far == 'bash' or pattern in ('dir/', '.*', '[ab].c', 'x/**/y')])
+def test_excluded_is_never_sent_never_deleted_and_the_rest_is_mirrored(tmp_path, pattern, far):
+    """Each pattern, the same names here, over there, and only over there."""
+    names = ['a.log', 'd/a.log', 'name', 'd/name/n', 'dir/f', 'e/dir', 'top', 'd/top', 'in/ner/f', 'in/x',
+             'x/y', 'x/z/y', 'x/z/z', 'a.c', 'd/b.c', 'c.c', '.hidden', '.d/f', 'd/.e', 'q1', 'd/q2', 'q',
+             'back\\slash', 'élan', 'plain']
+    source, _ = option_source(tmp_path, *names)
+    there = option_replica(tmp_path, far)
+    for name in names:
+        write(os.path.join(there, os.path.dirname(name), 'only-' + os.path.basename(name)))
+        write(os.path.join(there, name), 'older bytes')
+        write(os.path.join(there, 'stale', name), 'stale')
+    regex, only_directories = fr.pattern_regex(pattern)
+
+    def excluded(root, path):
+        parts = path.split('/')
+        return any(regex.fullmatch('/'.join(parts[:n])) and (not only_directories or os.path.isdir(
+            os.path.join(str(root), '/'.join(parts[:n])))) for n in range(1, len(parts) + 1))
+    wanted = {path: 'excluded' for path in option_paths(there) if excluded(there, path) and path[-1] != '/'}
+    wanted.update((path, 'sent') for path in option_paths(source) if not excluded(source, path))
+    wanted.update((above, 'kept for what is in it') for path in list(wanted) if wanted[path] == 'excluded'
+                  for above in [path[:at.start()] for at in re.finditer('/', path)] if above not in wanted)
+    first = option_once(tmp_path, '--mirror', '--exclude', pattern, far=far, timeout=15)
+    assert sorted(wanted) == option_paths(there), first.stdout + first.stderr
+    for name in names:
+        with open(os.path.join(there, name), 'rb') as file:
+            assert file.read() == (b'older bytes' if wanted[name] == 'excluded' else name.encode()), name
+    again = option_once(tmp_path, '--mirror', '--exclude', pattern, far=far)
+    assert again.stdout == 'in step\n'          # a restart sends nothing: what stands there is listed rightly
+
+
+@pytest.mark.parametrize('far', OPTION_FARS)
+def test_a_file_renamed_out_of_and_into_exclusion(tmp_path, far):
+    source, _ = option_source(tmp_path, 'a.tmp', 'b', 'cache/c', 'd/e', 'keep.tmp')
+    there = option_replica(tmp_path, far)
+    write(os.path.join(there, 'keep.tmp'), 'theirs')
+    with option_watching(tmp_path, '--exclude', '*.tmp', '--exclude', 'cache/', '--mirror',
+                         far=far) as running:
+        assert option_paths(there) == ['b', 'd', 'd/e', 'keep.tmp']
+        for old, new in ('a.tmp', 'a'), ('b', 'b.tmp'), ('cache', 'cached'), ('d', 'cache'):
+            os.rename(str(source / old), str(source / new))
+        until(lambda: option_paths(there) == ['a', 'cached', 'cached/c', 'keep.tmp'], 10,
+              lambda: (option_paths(there), running.log()))
+        write(str(source / 'cache/new'))
+        write(str(source / 'cached/new.tmp'))
+        write(str(source / 'cached/new'))
+        os.unlink(str(source / 'keep.tmp'))
+        until(lambda: option_has(there, 'cached/new'), 5)
+        assert option_paths(there) == ['a', 'cached', 'cached/c', 'cached/new', 'keep.tmp']
+        with open(os.path.join(there, 'keep.tmp')) as file:
+            assert file.read() == 'theirs'
+
+
+# ---- --checksum, --dry-run
+
+@pytest.mark.parametrize('far', OPTION_FARS)
+def test_checksum_repairs_what_size_and_time_hide_and_sends_no_bytes_where_they_are_equal(tmp_path, far):
+    names = ['same', 'other', 'later', 'd/other two', 'new\nline', 'back\\slash', '-n', 'empty', 'é',
+             '\udcff']
+    source, _ = option_source(tmp_path, *names)
+    write(str(source / 'large'), os.urandom(3 << 20))
+    option_age(source)
+    there = option_replica(tmp_path, far)
+    option_once(tmp_path, far=far)
+    for name in names + ['large']:
+        path = os.path.join(there, name)
+        at = os.stat(path).st_mtime_ns
+        if name == 'later':
+            os.utime(path, ns=(at, at - 10**12))
+        elif name not in ('same', 'empty'):
+            with open(path, 'r+b') as file:
+                file.seek(-1, os.SEEK_END)
+                file.write(b'\0')
+            os.utime(path, ns=(at, at))
+    assert option_once(tmp_path, '--dry-run', far=far).stdout.count('would send') <= 1
+    assert difference(str(source), there, True)
+    done = option_once(tmp_path, '--checksum', far=far)
+    assert not difference(str(source), there, whole_seconds=far != 'bash'), done.stdout + done.stderr
+    sent = option_lines(done.stdout, 'sent')
+    assert not {'same', 'later', 'empty'} & set(sent), done.stdout
+    assert 'later' in option_lines(done.stdout, 'updated'), done.stdout
+    assert not option_lines(option_once(tmp_path, '--checksum', '--exclude', '*line', far=far).stdout, 'sent',
+                            'updated')
+
+
+def test_checksum_where_the_far_side_can_make_none_says_so(tmp_path):
+    source, there = option_source(tmp_path, 'a')
+    words = shell_command(tmp_path, 'dash')
+    once('--no-replicate-on-change', source, there.parent, *words)
+    for name in ('sha256sum', 'sha1sum', 'md5sum'):
+        write(str(tmp_path / 'shims-dash' / name), '#!/bin/sh\nexit 1\n', 0o755)
+    done = once('--no-replicate-on-change', '--checksum', source, there.parent, *words, expect=None)
+    assert 'sha256sum' in done.stderr, (done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize('far, exists, options', [
+    (far, exists, options.split()) for far in OPTION_FARS for exists in (True, False)
+    for options in ('', '--mirror', '--clean-out-first', '--checksum --mirror')
+    if far == 'bash' or (exists and options)], ids=str)
+def test_a_dry_run_changes_nothing_and_says_what_would_be_done(tmp_path, options, exists, far):
+    source, _ = option_source(tmp_path, 'a', 'd/b', 'same', 'mode', 'empty/')
+    os.symlink('a', str(source / 'link'))
+    there = option_replica(tmp_path, far)
+    if exists:
+        option_once(tmp_path, far=far)
+        write(os.path.join(there, 'a'), 'other')
+        write(os.path.join(there, 'stale/s'), 's')
+        write(os.path.join(there, '.file_replicator.0123456789ab/x'), 'a staging of another session')
+        os.chmod(os.path.join(there, 'mode'), 0o600)
+        shutil.rmtree(os.path.join(there, 'd'))
+    before = tree_of(os.path.dirname(there))
+    dry = option_once(tmp_path, '--dry-run', '--hook', 'touch %s' % (tmp_path / 'hooked'), '--remote-hook',
+                      'touch hooked',
+                      *options, far=far)
+    assert tree_of(os.path.dirname(there)) == before and not (tmp_path / 'hooked').exists()
+    real = option_once(tmp_path, *options, far=far)
+    plain = {'sent': 'send', 'made': 'make', 'linked': 'link', 'removed': 'remove', 'renamed': 'rename',
+             'updated': 'update'}
+    did = sorted('would %s %s' % (plain[verb], path) for verb in plain
+                 for path in option_lines(real.stdout, verb))
+    would = sorted(line.rstrip('/') for line in dry.stdout.splitlines() if line.startswith('would ')
+                   # a directory's time is not worth a line
+                   and not re.match(r'would update (\.|d|empty|stale)$', line))
+    if '--clean-out-first' in options:
+        assert not exists or re.search('^would (remove|empty|clean)', dry.stdout, re.M), dry.stdout
+        would = [line for line in would if not re.match('would (remove|empty|clean)', line)]
+    assert would == did, (dry.stdout, real.stdout)
+    assert 'in step' not in dry.stdout or not would, 'nothing is in step if something would be done'
+
+
+def test_a_dry_run_where_nothing_differs_says_nothing_but_that(tmp_path):
+    option_source(tmp_path, 'a', 'd/b')
+    option_once(tmp_path)
+    assert option_once(tmp_path, '--dry-run').stdout == 'in step\n'
+
+
+# ---- --update-interval, --hook, --remote-hook
+
+@pytest.mark.parametrize('far', OPTION_FARS)
+def test_a_file_that_changes_all_the_time_is_sent_at_once_then_once_per_interval_to_the_last(tmp_path, far):
+    source, _ = option_source(tmp_path, 'log', 'other')
+    option_age(source)                          # else it is sent at the start again
+    there = option_replica(tmp_path, far)
+    option_once(tmp_path, far=far)
+    with option_watching(tmp_path, '--update-interval', 1, far=far) as running:
+        began, count = time.monotonic(), 0
+        while time.monotonic() - began < 2.6:
+            count += 1
+            write(str(source / 'log'), 'line %d' % count)
+            if count == 1:
+                until(lambda: running.out().count('sent log') == 1, 0.9, running.log)
+            time.sleep(0.03)                    # the pace of the writer
+        at = time.monotonic()
+        write(str(source / 'other'), 'an edit does not wait for it')
+        until(lambda: open(os.path.join(there, 'other')).read().startswith('an edit'), 0.9)
+        until(lambda: open(os.path.join(there, 'log')).read() == 'line %d' % count, 3, running.log)
+        assert time.monotonic() - at < 2.5
+        assert 3 <= running.out().count('sent log') <= 5, (count, running.out())
+        os.unlink(str(source / 'log'))
+        until(lambda: not option_has(there, 'log'), 0.9)       # a removal is no change to wait for
+
+
+def option_hook(tmp_path, kind):
+    """Options for a hook that notes what it is told, and what reads those notes: a list of path lists."""
+    note = 'cat; printf "|"'
+    if kind == '--hook':
+        notes = tmp_path / 'notes'
+        words = [kind, '{ %s; } >>%s' % (note, shlex.quote(str(notes)))]
+    else:
+        notes = tmp_path / 'there' / 'notes'
+        words = [kind, '{ %s; } >>../notes' % note]
+
+    def read():
+        if not notes.exists():
+            return []
+        rounds = notes.read_bytes().decode().split('|')[:-1]
+        assert all(each.endswith('\0') for each in rounds)
+        return [each.split('\0')[:-1] for each in rounds]
+    return words, read
+
+
+@pytest.mark.parametrize('kind', ['--hook', '--remote-hook'])
+def test_a_hook_gets_the_paths_of_each_round_and_is_not_run_when_nothing_changed(tmp_path, kind):
+    names = ['a', 'd/b', 'new\nline', '-n', ' lead', 'é']
+    source, there = option_source(tmp_path, *names)
+    words, notes = option_hook(tmp_path, kind)
+    with option_watching(tmp_path, *words) as running:
+        until(notes, 5, running.log)
+        assert len(notes()) == 1 and sorted(notes()[0]) == sorted([*names, 'd'])
+        write(str(source / 'a'), 'changed')
+        until(lambda: len(notes()) > 1, 5)
+        assert notes()[1:] == [['a']]
+        os.unlink(str(source / 'd/b'))
+        until(lambda: notes()[-1] == ['d/b'], 5)
+        os.rename(str(source / 'a'), str(source / 'z'))
+        until(lambda: notes()[-1] == ['z'] or sorted(notes()[-1]) == ['a', 'z'], 5, notes)
+        os.utime(str(source / 'd'))
+    count = len(notes())
+    option_once(tmp_path, *words)
+    assert len(notes()) == count, notes()[count:]
+    write(str(source / 'z'), 'changed while nobody watched')
+    option_once(tmp_path, *words)
+    assert notes()[count:] == [['z']]
+
+
+@pytest.mark.parametrize('far', OPTION_FARS)
+def test_a_remote_hook_runs_in_the_replica_and_cannot_eat_the_stream(tmp_path, far):
+    source, _ = option_source(tmp_path, 'a')
+    there = option_replica(tmp_path, far)
+    hook = '''pwd -P >../where; cat >/dev/null; dd of=/dev/null 2>/dev/null; echo "quotes '\\" kept"; cat'''
+    with option_watching(tmp_path, '--remote-hook', hook, far=far) as running:
+        for n in range(5):
+            write(str(source / ('n%d' % n)), b'\0binary\n' * 9)
+            until(lambda: option_has(there, 'n%d' % n), 10, running.log)
+        running.says('remote hook: ')
+        assert 'quotes \'" kept' in running.err() and 'connection lost' not in running.log()
+    with open(os.path.join(os.path.dirname(there), 'where')) as file:
+        assert file.read().rstrip('\n').endswith('/src')
+    assert not difference(str(source), there, whole_seconds=far != 'bash')
+
+
+@pytest.mark.parametrize('kind', ['--hook', '--remote-hook'])
+@pytest.mark.parametrize('hook, said', [('exit 3', '3'), ('echo to its output', 'to its output'),
+                                        ('echo wrong >&2; exit 1', 'wrong'),
+                                        ('no-such-command-anywhere', 'not found'), ('kill -9 $$', 'status'),
+                                        ("printf '\\033[2J\\377'", '\\x1b[2J'), ('"', 'hook')])
+def test_a_hook_that_fails_or_prints_is_shown_and_stops_nothing(tmp_path, kind, hook, said):
+    source, there = option_source(tmp_path, 'a')
+    with option_watching(tmp_path, kind, hook) as running:
+        running.says(said, 5)
+        write(str(source / 'b'))
+        until(lambda: option_has(there, 'b'), 5, running.log)
+        assert 'hook' in running.err() and said in running.err() and 'connection lost' not in running.err()
+        assert '\033' not in running.log()
+    write(str(source / 'c'))
+    done = option_once(tmp_path, kind, hook, expect=0)
+    assert said in done.stderr and option_has(there, 'c')
+
+
+@pytest.mark.parametrize('kind', ['--hook', '--remote-hook'])
+def test_a_hook_that_does_not_read_is_no_trouble_whatever_the_number_of_paths(tmp_path, kind):
+    option_source(tmp_path, *('d/%s%d' % ('long' * 50, n) for n in range(1000)))
+    done = option_once(tmp_path, kind, 'exit 0')
+    assert done.stderr == '', done.stderr
+
+
+@pytest.mark.parametrize('kind', ['--hook', '--remote-hook'])
+def test_a_hook_that_leaves_a_server_running_does_not_hold_up_the_next(tmp_path, kind):
+    """The example of the README: a server is started anew."""
+    source, there = option_source(tmp_path, 'a')
+    with option_watching(tmp_path, kind, 'echo started; sleep 12 &') as running:
+        until(lambda: running.err().count('started') == 1, 5, running.log)
+        write(str(source / 'a'), 'changed')
+        until(lambda: running.err().count('started') == 2, 5, running.log)
+        assert running.stop() == 0
+    began = time.monotonic()
+    write(str(source / 'a'), 'changed again')
+    option_once(tmp_path, kind, 'sleep 12 &')
+    assert time.monotonic() - began < 6
+
+
+def test_edits_do_not_wait_for_a_slow_hook_here(tmp_path):
+    source, there = option_source(tmp_path, 'a')
+    with option_watching(tmp_path, '--hook', 'echo run; sleep 30') as running:
+        write(str(source / 'a'), 'changed')
+        until(lambda: (there / 'a').read_bytes() == b'changed', 3)
+        assert running.stop() == 0
+
+
+# ---- --wait, --log-file, --quiet
+
+def test_wait_keeps_trying_until_the_far_side_is_up(tmp_path):
+    source, there = option_source(tmp_path, 'a')
+    late = ['sh', '-c', '[ -e "$0" ] || { echo not yet >&2; exit 255; }; exec bash', str(tmp_path / 'up')]
+    error = once(source, there.parent, *late, expect=1).stderr
+    assert 'not yet' in error and '--wait' in error and 'ssh' in error
+    with Running(tmp_path, '--wait', source, there.parent, *late, wait=False) as running:
+        running.says('waiting for the far side', 5)
+        assert 'not yet' in running.err() and not there.exists()
+        write(str(source / 'b'), 'made while it waits')
+        write(str(tmp_path / 'up'))
+        until(lambda: option_has(there, 'a', 'b'), 12, running.log)
+        running.in_step()
+        assert running.err().count('not yet') == 1, running.err()
+
+
+def test_the_log_file_has_all_lines_with_the_time_also_under_quiet(tmp_path):
+    source, there = option_source(tmp_path, 'a', 'd/b')
+    os.mkfifo(str(source / 'fifo'))
+    log = tmp_path / 'log'
+    loud = option_once(tmp_path, '--log-file', log)
+    lines = log.read_text().splitlines()
+    assert all(re.match(r'\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \S', line) for line in lines), lines
+    said = [line[20:] for line in lines]
+    assert [line for line in said if line in loud.stdout] == loud.stdout.splitlines()
+    assert any('fifo' in line for line in said) and 'fifo' in loud.stderr
+    assert len(said) == loud.stdout.count('\n') + 1
+    write(str(source / 'c'))
+    quiet = option_once(tmp_path, '--quiet', '--log-file', log)
+    assert quiet.stdout == '' and 'fifo' in quiet.stderr
+    assert log.read_text().splitlines()[:len(lines)] == lines                   # it is appended to
+    assert any(line[20:].startswith('sent c (') for line in log.read_text().splitlines()[len(lines):])
+    error = option_once(tmp_path, '--log-file', tmp_path / 'no' / 'log', expect=1).stderr
+    assert len(error.splitlines()) == 1 and 'No such file' in error
+
+
+def test_the_last_words_are_in_the_log_file_too(tmp_path):
+    source, there = option_source(tmp_path, 'a')
+    error = once('--log-file', tmp_path / 'log', source, there.parent, 'sh', '-c', 'echo oops >&2; exit 9',
+                 expect=1).stderr
+    assert 'oops' in error and 'oops' in (tmp_path / 'log').read_text()
+
+
+def test_a_log_file_inside_of_what_is_replicated_does_not_go_round_in_circles(tmp_path):
+    source, there = option_source(tmp_path, 'a')
+    log = source / 'replicator.log'
+    with option_watching(tmp_path, '--log-file', log, wait=False) as running:
+        until(lambda: option_has(there, 'a') and running.out().count('in step')
+              or running.out().count('sent replicator') > 9)
+        began = time.monotonic()
+        until(lambda: time.monotonic() - began > 1.5 or running.out().count('sent replicator.log') > 9, 5)
+        assert running.out().count('sent replicator.log') <= 2, running.out()
+
+
+def test_quiet_says_only_what_is_wrong(tmp_path):
+    source, there = option_source(tmp_path, 'a')
+    with option_watching(tmp_path, '--quiet', wait=False) as running:
+        until(lambda: option_has(there, 'a'), 10)
+        write(str(source / 'b'))
+        until(lambda: option_has(there, 'b'), 5)
+        assert running.log() == ''
+        os.mkfifo(str(source / 'fifo'))
+        running.says('fifo', 5)
+        assert running.out() == ''
+
+
+# ---- what is seen: terminals, pipes, messages, --help
+
+def option_on_terminal(words, env=None, seconds=30):
+    """Runs the program with a terminal as its standard error: (status, output, what the terminal got)."""
+    ours, theirs = pty.openpty()
+    environment = {**{k: v for k, v in os.environ.items() if k != 'NO_COLOR'}, **(env or {})}
+    process = subprocess.Popen(command(*words), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=theirs,
+                               env=environment, start_new_session=True)
+    os.close(theirs)
+    seen = b''
+    with contextlib.suppress(OSError):          # EIO is how a terminal ends
+        while True:
+            data = os.read(ours, 65536)
+            seen += data
+            if not data:
+                break
+    os.close(ours)
+    out = process.communicate(timeout=seconds)[0]
+    return process.returncode, out.decode(), seen.decode()
+
+
+OPTION_SLOW = '''
+import os, subprocess, sys, time
+shell = subprocess.Popen(["bash"], stdin=subprocess.PIPE)
+while True:
+    data = os.read(0, 65536)
+    if not data:
+        break
+    shell.stdin.write(data)
+    shell.stdin.flush()
+    time.sleep(len(data) / float(sys.argv[1]))
+shell.stdin.close()
+shell.wait()
+'''
+
+
+@pytest.mark.parametrize('many', [False, True])
+def test_a_terminal_gets_a_progress_line_and_a_pipe_none(tmp_path, many):
+    source, there = option_source(tmp_path)
+    if many:
+        for n in range(1200):
+            write(str(source / ('f%d' % n)), os.urandom(6000))
+    else:
+        write(str(source / 'large'), os.urandom(7_000_000))
+    words = ['--no-replicate-on-change', source, there.parent, sys.executable, '-c', OPTION_SLOW, '4e6']
+    status, out, seen = option_on_terminal(words)
+    assert status == 0 and not difference(str(source), str(there))
+    progress = re.findall(r'\r([\d,]+) of ([\d,]+) paths, ([\d.]+) of ([\d.]+) MB, ([\d.]+) MB/s, '
+                          r'(\d+) s left\033\[K', seen)
+    assert progress, seen
+    for done, paths, megabytes, all_of_them, rate, left in progress:
+        assert int(done.replace(',', '')) <= int(paths.replace(',', ''))
+        assert float(megabytes) <= float(all_of_them) + 0.01
+        assert float(rate) < 60 and int(left) < 60
+    assert seen.endswith('\r\033[K')            # nothing of it is left at the end
+    assert '\r' not in out and '\033' not in out
+    shutil.rmtree(str(there))
+    piped = once(*words)
+    assert piped.stderr == '' and '\r' not in piped.stdout
+    if not many:
+        shutil.rmtree(str(there))
+        assert 'MB/s' not in option_on_terminal(['--quiet', *words])[2]
+
+
+@pytest.mark.parametrize('env, coloured', [({}, True), ({'NO_COLOR': '1'}, False)])
+def test_colour_is_only_on_a_terminal_and_never_with_no_color(tmp_path, env, coloured):
+    source, there = option_source(tmp_path, 'a')
+    os.mkfifo(str(source / 'fifo'))
+    words = ['--no-replicate-on-change', source, there.parent, 'bash']
+    _, out, seen = option_on_terminal(words, env)
+    assert 'fifo' in seen and ('\033[33m' in seen) == coloured and '\033' not in out
+    assert '\033' not in once(*words).stderr
+
+
+@pytest.mark.parametrize('options', ['--no-replicate-on-change', ''])
+def test_a_closed_pipe_ends_it_without_noise(tmp_path, options):
+    source, there = option_source(tmp_path, *('f%d' % n for n in range(300)))
+    words = ' '.join(map(shlex.quote, command(*options.split(), source, there.parent, 'bash')))
+    done = subprocess.run([need('bash'), '-c', '%s | head -1; echo "${PIPESTATUS[0]}"' % words],
+                          stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30)
+    lines = done.stdout.decode().splitlines()
+    assert len(lines) == 2 and lines[0].startswith('sent ') and lines[1] == '0' and done.stderr == b'', done
+
+
+@pytest.mark.parametrize('redirection', ['>&-', '2>&-', '>&- 2>&-', '>/dev/full', '<&-'])
+def test_closed_and_full_outputs_are_no_traceback(tmp_path, redirection):
+    source, there = option_source(tmp_path, 'a')
+    os.mkfifo(str(source / 'fifo'))
+    words = ' '.join(map(shlex.quote, command('--no-replicate-on-change', source, there.parent, 'bash')))
+    done = subprocess.run(['bash', '-c', words + ' ' + redirection], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, timeout=30)
+    assert b'Traceback' not in done.stderr and b'Exception' not in done.stderr, done.stderr.decode()
+    assert option_has(there, 'a')
+
+
+@pytest.mark.parametrize('words, said', [
+    (['no-such-command-anywhere'], 'cannot run no-such-command-anywhere: No such file or directory'),
+    (['/etc/passwd'], 'Permission denied'),
+    (['sh', '-c', 'echo its own words >&2; exit 127'], 'status 127: its own words (a command was not found'),
+    (['sh', '-c', 'echo its own words; exit 126'], 'status 126: its own words (a command could not be run'),
+    (['sh', '-c', 'echo no such container >&2; exit 125'], 'no such container (docker itself refused'),
+    (['sh', '-c', 'echo Connection refused >&2; exit 255'],
+     'Connection refused (ssh could not connect or log in'),
+    (['sh', '-c', 'exit 77'], 'ended with status 77'),
+    (['sh', '-c', 'kill -9 $$'], 'killed by signal 9'),
+    (['true'], 'it is no shell, or has nothing on its standard input'),
+    (['cat'], 'no shell: it gives back what it is sent'),
+    (['bash', '-c', 'exec >&-; sleep 3'], 'closed its output'),
+    (['sh', '-c', 'printf "\\033[31mred\\377" >&2; exit 1'], '\\x1b[31mred'),
+])
+def test_a_first_connection_that_fails_says_what_the_command_said_and_what_it_may_mean(tmp_path, words, said):
+    source, there = option_source(tmp_path, 'a')
+    done = once(source, there.parent, *words, expect=1)
+    assert said in done.stderr and '--wait' in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert '\033' not in done.stderr and done.stdout == ''
+
+
+def test_no_shell_that_answers_is_given_up_in_the_end(tmp_path, monkeypatch):
+    source, there = option_source(tmp_path, 'a')
+    monkeypatch.setattr(fr, 'READY_SECONDS', 1)
+    words = ['sh', '-c', 'echo Password: >&2; exec sleep 20']
+    with pytest.raises(fr.Stop, match='no shell answered within 1 seconds: Password:.*--wait'):
+        fr.replicate(fr.parse([str(source), str(there.parent), *words]))
+
+
+@pytest.mark.parametrize('where, said', [('/dev/null', 'directory'), ('/proc', 'directory')])
+def test_a_destination_that_cannot_be_is_said_with_the_far_sides_reason(tmp_path, where, said):
+    source, there = option_source(tmp_path, 'a')
+    done = once(source, where, 'bash', expect=1)
+    assert said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_help_is_grouped_and_each_option_has_its_default_or_its_unit(tmp_path):
+    done = once('--help')
+    assert done.stderr == ''
+    groups = [line[:-1] for line in done.stdout.splitlines() if re.match(r'\S.*:$', line)]
+    assert [word for word in ('what', 'when', 'after', 'words')
+            if not any(each.startswith(word) for each in groups)] == []
+    parser = fr.make_parser()
+    lacking = []
+    for action in parser._actions:
+        name = action.option_strings[0]
+        assert name in done.stdout and action.help
+        no_default = name.startswith('--no-') or name in ('--help', '--version', '--receiver')
+        if not no_default and 'default' not in action.help:
+            lacking.append(name)
+    assert not lacking
+    assert max(map(len, done.stdout.splitlines())) <= 110
+    assert once('--version').stdout == 'file_replicator %s\n' % fr.__version__
+    assert once('--receiver').stdout == fr.RECEIVER
+
+
+# ==== Two at a time ===========================================================================================
+#
+# SHARD=1 runs every second test, SHARD=2 the others, so that two processes share the work. What changes a setting of
+# the whole kernel is in neither: SHARD=alone. Without SHARD all is run.
+
+ALONE = {'test_a_queue_of_events_that_ran_over_is_made_good', 'test_lost_events_are_made_good',
+         'test_it_imports_the_standard_library_and_inotify_simple_only'}
+
+if 'SHARD' in os.environ:
+    for number, name in enumerate(sorted(name for name in globals() if name.startswith('test_'))):
+        if (name in ALONE) != (os.environ['SHARD'] == 'alone') or name not in ALONE and (
+                number % 2 != int(os.environ['SHARD']) % 2):
+            del globals()[name]
