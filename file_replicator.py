@@ -1155,7 +1155,9 @@ class Source:
             why = CONTENT
         self.tree.put(path, entry)
         changed[path] = max(why, changed.get(path, 0))
-        if entry.kind == 'd' and (why == CONTENT or before is None or before.kind != 'd'):
+        # What could not be listed may be by now, and the other way round.
+        if entry.kind == 'd' and (why == CONTENT or before is None or before.kind != 'd' or path in self.unlisted
+                                  or not os.access(self.full(path), os.R_OK | os.X_OK)):
             self.scan(path, changed, everything=not path)
 
     def lose(self, path: str, changed: Dict[str, int]) -> None:
@@ -1287,7 +1289,9 @@ class Source:
             self.report.problem('', 'is gone, or empty and not what it was: nothing is removed over there, '
                                 'and it is replicated again once it is back', 'root')
             self.gone = True
-            self.hint('', CONTENT, 1)
+            waiting, self.hints = self.hints, {}
+            for path, why in {**waiting, '': CONTENT}.items():
+                self.hint(path, why, 1)
             return False
         if self.gone or identity != self.identity:
             self.hints[''] = CONTENT
@@ -2249,7 +2253,9 @@ class Replica:
         be other than its time says; it is not believed. A far side that knows only whole seconds cannot tell
         two changes within one, but those of a session are known from here; only across a restart could the
         older bytes stay."""
-        local, remote, fresh = self.source.tree, self.remote, self.source.fresh
+        local, remote = self.source.tree, self.remote
+        watched = self.begun and self.source.watch.fd is not None       # then a second change had its event
+        fresh = set() if watched else self.source.fresh
         tool, sums = self.far.sums() if self.options.checksum else ('-', {})
         if self.options.checksum and tool == '-':
             self.report.warn('--checksum: the far side has no sha256sum, sha1sum or md5sum: '
@@ -2827,7 +2833,7 @@ class Replica:
         is enough."""
         on_its_way = self.far.flight or self.far.out
         return not (self.source.hints or self.waiting or self.jobs or on_its_way and not sent_is_enough
-                    or any(path and path not in self.tries for path in self.source.later))
+                    or not self.source.gone and any(path not in self.tries for path in self.source.later))
 
 
 class Drifted(Lost):
