@@ -432,11 +432,15 @@ list_sums() {
   find . "$@" -type f -exec "$sum" {} + 2>/dev/null
 }
 
+# Ends what is left of the session $1, process $2: bytes may still be on their way to it, as behind docker,
+# and it would act on them after we looked.
+end_session() { ! grep -q "$1" "/proc/$2/cmdline" 2>/dev/null || kill -9 "$2"; }
+
 # True if nothing is in the replica.
 empty() { for p in * .[!.]* ..?*; do ! stands "./$p" || return 1; done; }
 
 # The session: $1 what to run it with, $2 the nonce all answers begin with, $3 the replica, $4 the letters of
-# what it may do, $5 the remote hook, the rest for list.
+# what it may do, $5 the remote hook, $6 and $7 nonce and process of the session before, the rest for list.
 main() {
   newline='
 '
@@ -456,7 +460,8 @@ main() {
     exec sh -c "$1" -
   fi
   nonce=$2 root=$3 flags=$4 hook=$5
-  shift 5
+  end_session "$6" "$7"
+  shift 7
   mark=.file_replicator.$nonce-new stage=./.file_replicator.$nonce staged='' temp='' root_time=''
   touch='touch' tar='tar'
   exec 2>&1
@@ -477,6 +482,7 @@ main() {
   echo
   echo "$nonce ready"
   case $flags in *d*) ;; *) ! empty || do_probe || stop "cannot write there" ;; esac
+  echo "$nonce process $$"
   list_mounts
   list "$@"
   case $flags in *c*) list_sums "$@" ;; esac
@@ -1631,6 +1637,7 @@ class Connection:
         self.listing: List[str] = []
         # what the command wrote to its standard error
         self.complaints: Deque[str] = collections.deque(maxlen=20)
+        self.process_there = '-'        # the receiver's number over there
         self.can = ''                   # what the far side can do, once it made its staging
         self.at_rest = False            # nothing over there is half-way, or staged
         try:
@@ -1779,6 +1786,7 @@ class Connection:
                 return
             self.listing = os.fsdecode(bytes(self.heard[:at])).split(self.nonce + ' ')
             self.heard = self.heard[at + len(end):]
+            self.process_there = next((line[8:].strip() for line in self.listing if line.startswith('process ')), '-')
             self.can = next((line[2:].strip() for line in self.listing[:2] if line.startswith('+ ')), '')
             self.said = []
             self.phase = 'live'
@@ -2145,6 +2153,7 @@ class Replica:
         self.settled: Dict[str, Entry] = {}         # directories whose mode and time the archive itself sets
         self.confirmed: List[str] = []              # paths, since the hooks last ran
         self.names = 0
+        self.session = '-', '-'         # nonce and process over there of the last connection
         self.begun = self.announced = self.is_staged = False
         self.flying: Dict[int, List[Step]] = {}     # on their way
         self.failed_until = 0           # the last record sent when one failed: it may fail for that
@@ -2155,7 +2164,8 @@ class Replica:
     # ---- a new connection
 
     def meet(self, far: Connection, connected: Callable[[], None]) -> None:
-        """Looks at what stands here while the far side starts; then compares. Calls `connected` in between."""
+        """Looks at what stands here while the far side starts; then compares. Calls `connected` in
+        between."""
         everything = self.source.hints.get('') == CONTENT or self.source.watch.fd is None
         changed = self.source.look() if everything else {}
         self.source.meanwhile = self.source.listen
@@ -2182,6 +2192,7 @@ class Replica:
         options, source = self.options, self.source
         self.far = far
         source.own_staging = far.staging
+        self.session = far.nonce, far.process_there
         for path, why in source.look().items():
             changed[path] = max(why, changed.get(path, 0))
         self.mounts.clear()
@@ -2870,7 +2881,7 @@ def replicate(options: Options) -> int:
             try:
                 source.ask_git()
                 everything = options.clean_out and not replica.begun
-                text = program(options, [] if everything else left_out.find_words())
+                text = program(options, replica.session, [] if everything else left_out.find_words())
                 with contextlib.closing(Connection(options.command, text, report)) as far:
                     source.meanwhile = lambda: (far.turn(0), source.listen())
                     replica.meet(far, retry.connected)
@@ -2972,10 +2983,10 @@ class Retry:
 
 # ==== 9. Command line =======================================================================================
 
-def program(options: Options, find_words: Sequence[str]) -> Callable[[str], str]:
+def program(options: Options, before: Sequence[str], find_words: Sequence[str]) -> Callable[[str], str]:
     """What to send, given the nonce: the receiver as it stands, and one call of it."""
     may = 'g' * (options.mirror or options.clean_out) + 'c' * options.checksum + 'd' * options.dry_run
-    words = options.destination, may + '-', options.remote_hook, *find_words
+    words = options.destination, may + '-', options.remote_hook, *before, *find_words
     return lambda nonce: '%s\nmain "$0" %s\n' % (RECEIVER, ' '.join(map(shlex.quote, (nonce, *words))))
 
 
