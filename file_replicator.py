@@ -1163,8 +1163,8 @@ class Source:
         self.tree.put(path, entry)
         changed[path] = max(why, changed.get(path, 0))
         # What could not be listed may be by now, and the other way round.
-        if entry.kind == 'd' and (why == CONTENT or before is None or before.kind != 'd' or path in self.unlisted
-                                  or not os.access(self.full(path), os.R_OK | os.X_OK)):
+        if entry.kind == 'd' and (why == CONTENT or before is None or before.kind != 'd'
+                                  or path in self.unlisted or not os.access(self.full(path), os.R_OK | os.X_OK)):
             self.scan(path, changed, everything=not path)
 
     def lose(self, path: str, changed: Dict[str, int]) -> None:
@@ -1786,7 +1786,8 @@ class Connection:
                 return
             self.listing = os.fsdecode(bytes(self.heard[:at])).split(self.nonce + ' ')
             self.heard = self.heard[at + len(end):]
-            self.process_there = next((line[8:].strip() for line in self.listing if line.startswith('process ')), '-')
+            processes = (line[8:].strip() for line in self.listing if line.startswith('process '))
+            self.process_there = next(processes, '-')
             self.can = next((line[2:].strip() for line in self.listing[:2] if line.startswith('+ ')), '')
             self.said = []
             self.phase = 'live'
@@ -1906,7 +1907,7 @@ class Connection:
         # What is still there after a while gets the signal that has the receiver clear up.
         for patience, number in ((0 if self.at_rest else 0.4, signal.SIGTERM), (0.4, signal.SIGKILL)):
             end = time.monotonic() + patience
-            while self.process.poll() is None and time.monotonic() < end:
+            while self.lives() and time.monotonic() < end:
                 with contextlib.suppress(OSError):
                     if select.select([self.stdout], [], [], 0.02)[0] and not os.read(self.stdout, PIPE_BYTES):
                         time.sleep(0.002)
@@ -1914,6 +1915,16 @@ class Connection:
         self.process.wait()
         self.process.stdout.close()
         self.process.stderr.close()
+
+    def lives(self) -> bool:
+        """Whether the connection command, or in a group of its own anything it started, is still there."""
+        if self.process.poll() is None or has_terminal():
+            return self.process.returncode is None
+        try:
+            os.killpg(self.process.pid, 0)
+            return True
+        except OSError:
+            return False
 
     def kill(self, number: int) -> None:
         """Ends the connection command, and where it has a group of its own all that it started."""
@@ -2329,7 +2340,8 @@ class Replica:
             self.far.turn(None)
         code, said, values = answers[0]
         if code:
-            raise Lost('%s failed over there: %s' % (verb, said))
+            raise (Lost if self.options.watch and self.begun else Stop)(
+                'cannot write to %s over there: %s' % (shown(self.options.destination), said))
         if said:
             self.report.warn('%s over there: %s' % (verb, said))
         return values

@@ -1152,8 +1152,7 @@ def test_a_directory_is_watched_before_its_time_is_taken(shared_watch):
 
 
 @pytest.mark.parametrize('change', [
-    'mv d e', 'mv d/sub sub', 'mv d/sub d/renamed; mv d e', 'mv d e; mv e/sub e/renamed; mv e f',
-    'mkdir n; mv d n/; mv n/d/sub n/'
+    'mv d e', 'mv d/sub sub', 'mv d/sub d/renamed; mv d e'
 ])
 def test_a_renamed_directory_is_not_sent_again(change, tmp_path):
     def prepare(source):
