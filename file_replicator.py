@@ -1164,7 +1164,8 @@ class Source:
         changed[path] = max(why, changed.get(path, 0))
         # What could not be listed may be by now, and the other way round.
         if entry.kind == 'd' and (why == CONTENT or before is None or before.kind != 'd'
-                                  or path in self.unlisted or not os.access(self.full(path), os.R_OK | os.X_OK)):
+                                  or path in self.unlisted
+                                  or not os.access(self.full(path), os.R_OK | os.X_OK)):
             self.scan(path, changed, everything=not path)
 
     def lose(self, path: str, changed: Dict[str, int]) -> None:
