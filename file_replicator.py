@@ -2166,7 +2166,7 @@ class Replica:
         self.confirmed: List[str] = []              # paths, since the hooks last ran
         self.names = 0
         self.session = '-', '-'         # nonce and process over there of the last connection
-        self.begun = self.announced = self.is_staged = False
+        self.begun = self.was_writable = self.announced = self.is_staged = False
         self.flying: Dict[int, List[Step]] = {}     # on their way
         self.failed_until = 0           # the last record sent when one failed: it may fail for that
         self.reasons: Dict[str, str] = {}           # why a part of a large file could not be staged
@@ -2341,7 +2341,7 @@ class Replica:
             self.far.turn(None)
         code, said, values = answers[0]
         if code:
-            raise (Lost if self.options.watch and self.begun else Stop)(
+            raise (Lost if self.options.watch and self.was_writable else Stop)(
                 'cannot write to %s over there: %s' % (shown(self.options.destination), said))
         if said:
             self.report.warn('%s over there: %s' % (verb, said))
@@ -2370,7 +2370,7 @@ class Replica:
         """Takes note of what the far side can do. Now its staging stands, and must not stand within the
         source, nor the source within the replica. Raises Stop."""
         self.can = values[0].split()
-        self.is_staged = True
+        self.is_staged = self.was_writable = True
         root = self.remote.root
         if root is not None:
             self.remote.root = root._replace(mtime_ns=None)
@@ -2782,6 +2782,8 @@ class Replica:
                 self.again(step.path)
             elif step.verb == 'meta' and code == 1:
                 self.refused(step, said)
+            elif code == 2 and number <= self.failed_until:
+                self.failed(step.path, '')      # for want of what failed before it
             else:
                 self.failed(step.path, said or 'it could not be done over there')
         if code == 1:
@@ -2807,9 +2809,11 @@ class Replica:
         self.source.hint(path, LOOK if self.source.tree.is_directory(path) else hint, delay)
 
     def failed(self, path: str, why: str, hint: int = CONTENT) -> None:
-        """Says why a path could not be replicated, once, and has it tried again while there is somebody to
-        see it."""
-        self.report.problem(path, self.reasons.pop(path, why), 'send')
+        """Says why a path could not be replicated ('': that was said of another), once, and has it tried again
+        while there is somebody to see it."""
+        why = self.reasons.pop(path, why)
+        if why:
+            self.report.problem(path, why, 'send')
         tries = self.tries[path] = self.tries.get(path, -1) + 1
         if self.options.watch:
             self.again(path, min(RETRY_MOST_SECONDS, RETRY_SECONDS * 2 ** min(tries, 9)), hint)
