@@ -520,6 +520,7 @@ BEAT_SECONDS, SILENT_SECONDS = 12, 25   # idle before a heartbeat, waiting befor
 QUIET_SECONDS = 0.2             # without another write before a file that is still open is sent,
 OPEN_SECONDS, NEW_SECONDS = 0.9, 5      # but no longer than this: known files, files never sent
 RETRY_SECONDS, RETRY_MOST_SECONDS = 1, 30
+DRIFTS_MOST = 9                 # in a row: then what is not as it was listed is an error like any other
 POLL_SECONDS = 2                # between two looks at everything, where there is no inotify
 STAGING = re.compile(r'\.file_replicator\.[0-9a-f]{12}(-new)?')
 
@@ -2128,7 +2129,9 @@ class Job:
 
     def __init__(self, name: str, step: Step):
         self.name, self.step = name, step
-        self.failed = ''
+        self.failed = ''                # why
+        self.unanswered = 0             # parts
+        self.is_staged = False          # all of it
         self.parts: Iterator[bool] = iter(())       # each sends a part (True), or waits for an answer (False)
 
 
@@ -2136,6 +2139,8 @@ NEW = 'dir', 'file', 'link'
 VERBS = {'dir': ('make', 'made'), 'file': ('send', 'sent'), 'link': ('link', 'linked'),
          'meta': ('update', 'updated'), 'remove': ('remove', 'removed'), 'rmdir': ('remove', 'removed'),
          'move': ('rename', 'renamed')}
+# nothing but a file is read, and a FIFO is not waited for
+OPEN_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class Replica:
@@ -2147,128 +2152,90 @@ class Replica:
 
     def __init__(self, options: Options, source: Source, report: 'Report'):
         self.options, self.source, self.report = options, source, report
+        self.far: Any = None                        # the Connection
+        self.session = '-', '-'                     # its nonce and its process over there, for the next one
+        self.can: List[str] = []                    # what do_probe said, word by word
         self.remote = Tree()
         self.known: Optional[Tree] = None           # what was believed when the last connection was lost
-        self.far: Any = None                        # the Connection
-        # what do_stage said: tar or script, fine or whole, sums, taker
-        self.can: List[str] = []
-        self.backlog: Deque[str] = collections.deque()
-        # the paths of the backlog that are still to be sent, and why
-        self.waiting: Dict[str, int] = {}
+        self.mounts: Set[str] = set()               # directories over there on another file system
+        self.taking: Dict[str, int] = {}            # what changed here and is being compared: path: why
+        # the backlog: paths still to be sent, and why
+        self.waiting: 'collections.OrderedDict[str, int]' = collections.OrderedDict()
         self.jobs: Dict[str, Job] = {}
-        self.staged: Dict[str, Tuple[str, Entry]] = {}      # path: name in the staging, what it is
+        self.job_numbers = itertools.count(1)
+        self.flying: Dict[int, List[Step]] = {}     # on their way: by the id of the list
+        self.failed_until = 0           # the last record sent when one failed: it may fail for that
+        self.tries: Dict[str, int] = {}             # how often a path failed; from now on it goes by itself
         self.unstable: Dict[str, int] = {}          # how often a file changed while it was read
-        self.alone: Set[str] = set()                # failed among others: sent by itself, to be told why
-        self.tries: Dict[str, int] = {}
-        # directories over there on another file system than the root
-        self.mounts: Set[str] = set()
         self.settled: Dict[str, Entry] = {}         # directories whose mode and time the archive itself sets
         self.confirmed: List[str] = []              # paths, since the hooks last ran
-        self.names = 0
-        self.session = '-', '-'         # nonce and process over there of the last connection
-        self.begun = self.was_writable = self.announced = self.is_staged = False
-        self.flying: Dict[int, List[Step]] = {}     # on their way
-        self.failed_until = 0           # the last record sent when one failed: it may fail for that
-        self.reasons: Dict[str, str] = {}           # why a part of a large file could not be staged
-        self.drifts = 0                 # in a row, without coming into step
-        self.last_sent: Dict[str, float] = {}
+        self.last_sent: Dict[str, float] = {}       # for --update-interval
+        self.drifts = 0                             # in a row, without coming into step
+        self.begun = self.was_writable = self.is_staged = self.announced = False
 
     # ---- a new connection
 
     def meet(self, far: Connection, connected: Callable[[], None]) -> None:
-        """Looks at what stands here while the far side starts; then compares. Calls `connected` in
-        between."""
-        everything = self.source.hints.get('') == CONTENT or self.source.watch.fd is None
-        changed = self.source.look() if everything else {}
-        self.source.meanwhile = self.source.listen
-        with self.remembering(changed):
-            while far.phase != 'live':
-                far.turn(None, self.source.watch.fd)
-                self.source.listen()
-            connected()
-            self.begin(far, changed)
-
-    @contextlib.contextmanager
-    def remembering(self, changed: Dict[str, int]) -> Iterator[None]:
-        """What is known to have changed stays known if the connection ends in here."""
-        contents = [path for path, why in changed.items() if why == CONTENT]
-        try:
-            yield
-        except Lost:
-            for path in contents:
-                self.source.hint(path, CONTENT)
-            raise
-
-    def begin(self, far: Connection, changed: Dict[str, int]) -> None:
-        """Compares what the far side lists with what stands here, once it is live."""
+        """Looks at what stands here while the far side starts; then compares, and sends what differs. Calls
+        `connected` in between."""
         options, source = self.options, self.source
         self.far = far
         source.own_staging = far.staging
+        if source.hints.get('') == CONTENT or source.watch.fd is None:
+            self.taking = source.look()
+        while far.phase != 'live':
+            far.turn(None, source.watch.fd)
+            source.listen()
+        connected()
         self.session = far.nonce, far.process_there
         for path, why in source.look().items():
-            changed[path] = max(why, changed.get(path, 0))
+            self.taking[path] = max(why, self.taking.get(path, 0))
         self.mounts.clear()
-        self.remote = believe(self.listed(far), source.tree, self.known, self.is_ours)
+        self.remote = believe(self.listed(), source.tree, self.known, self.is_ours)
         if far.can:
-            self.probed([far.can])
+            self.probed(far.can)
         elif self.overlaps() and not options.dry_run:
             self.probe()                # before anything is touched
-        first, self.known = not self.begun, None
-        hints = {path: why for path, why in changed.items() if why == CONTENT}
-        if first and not options.initial:
-            self.remote.root = self.remote.root or source.tree.root
-            hints = {}
-        elif first and options.clean_out:
-            steps = plan(self.remote, Tree(), dict.fromkeys(self.remote.below(''), LOOK))
-            if options.dry_run:
-                self.print_plan(steps)
-            else:
-                self.carry_out(steps)
-            self.remote.root = self.remote.root or source.tree.root
-        if not (first and not options.initial):
+        hints = {path: why for path, why in self.taking.items() if why == CONTENT}
+        if self.begun or options.initial:
+            if options.clean_out and not self.begun:
+                self.carry_out(plan(self.remote, Tree(), dict.fromkeys(self.remote.below(''), LOOK)))
             self.compare(hints)
+        else:
+            hints = {}
+        self.remote.root = self.remote.root or source.tree.root
+        self.known, self.begun = None, True
         del far.listing[:]
-        self.begun = True
-        if options.dry_run:
-            self.print_plan(plan(self.remote, source.tree, hints, not options.no_delete))
-            return
         if options.watch:
             self.probe()                # now, rather than before the first edit
         self.take_in(hints)
 
-    def print_plan(self, steps: List[Step]) -> None:
-        for step in steps:
-            self.report.line('would %s' % self.words_for(step, False))
-            self.announced = True       # it is not in step, and nobody is to be told that it is
-
-    def listed(self, far: Connection) -> Iterator[Tuple[str, Entry]]:
+    def listed(self) -> Iterator[Tuple[str, Entry]]:
         """What the far side listed; takes note of what is mounted in it."""
-        root_device = None
-        for path, entry, device in far.entries():
+        staging, root_device = self.far.staging, None
+        for path, entry, device in self.far.entries():
             if entry.kind == 'm':       # as /proc/mounts shows it, with blanks and the like in octal
                 self.mounts.add(re.sub(r'\\([0-7]{3})', lambda m: chr(int(m[1], 8)), path))
                 continue
-            if path == far.staging or path.startswith(far.staging + '/'):
+            if path == staging or path.startswith(staging + '/'):
                 continue
             if any(path.startswith(unlisted + '/') for unlisted in self.source.unlisted):
                 continue                # what could not be read here is not what is not here
             if (path in self.mounts or self.is_mounted(path)) and self.source.tree.get(path) is None:
                 continue                # nothing that is mounted is removed
-            if device != root_device:
-                if root_device is None:
-                    root_device = device
-                elif entry.kind == 'd':
-                    self.mounts.add(path)
+            if root_device is None:
+                root_device = device
+            elif device != root_device and entry.kind == 'd':
+                self.mounts.add(path)
             yield path, entry
 
     def is_ours(self, path: str, entry: Entry) -> bool:
         """Whether something over there that is not here may be removed."""
-        name = path.rpartition('/')[2]
         if self.options.clean_out and not self.begun:
             return True
         if self.options.mirror:
             self.source.left_out.ask([path], gone=True)
-        return (entry.kind != 'd' and bool(STAGING.fullmatch(name))
+        return (entry.kind != 'd' and bool(STAGING.fullmatch(path.rpartition('/')[2]))
                 or self.options.mirror and not self.source.left_out.within(path))
 
     def is_mounted(self, path: str) -> bool:
@@ -2313,67 +2280,48 @@ class Replica:
         return digest.hexdigest()
 
     def lost(self) -> None:
-        """Notes that what was on its way may or may not have arrived: it is compared anew, and files sent
+        """Notes that what was on its way may or may not have arrived: it is compared anew, and files are sent
         again."""
-        for steps in reversed(list(self.flying.values())):
-            for step in reversed(steps):        # what was about to go may still be there
-                if step.verb in ('remove', 'rmdir'):
-                    self.still_there(step.path)
-                elif step.verb == 'move':
-                    for path in [step.path, *self.remote.below(step.path)]:
-                        self.still_there(step.detail + path[len(step.path):])
-        if self.known is None:
-            self.known = self.remote
-        sent = [step.path for steps in self.flying.values() for step in steps if step.verb == 'file']
-        changed = [path for path, why in self.waiting.items() if why == CONTENT]
-        for path in [*sent, *self.jobs, *self.staged, *changed]:
+        for step in reversed([step for steps in self.flying.values() for step in steps]):
+            if step.verb in ('remove', 'rmdir'):        # what was about to go may still be there
+                self.still_there(step.path)
+            elif step.verb == 'move':
+                for path in [step.path, *self.remote.below(step.path)]:
+                    self.still_there(step.detail + path[len(step.path):])
+            elif step.verb == 'file':
+                self.source.hint(step.path, CONTENT)
+        self.known = self.known or self.remote
+        for path, why in itertools.chain(self.taking.items(), self.waiting.items()):
+            if why == CONTENT:
+                self.source.hint(path, CONTENT)
+        for path in self.jobs:
             self.source.hint(path, CONTENT)
-        for state in (self.waiting, self.jobs, self.staged, self.alone, self.backlog, self.flying):
+        for state in (self.taking, self.waiting, self.jobs, self.flying, self.can):
             state.clear()
-        self.can, self.far, self.failed_until = [], None, 0
+        self.failed_until = 0
         self.announced = self.is_staged = False
 
-    def wait_for(self, verb: str, words: Sequence[str] = ()) -> List[str]:
-        """Sends a record and waits for its answer. Raises Lost when it failed."""
+    def probe(self) -> None:
+        """Finds out what the far side can do, before the first record that needs to know. Raises Stop where
+        it may not write there, and Lost where it may not any more."""
+        if self.can:
+            return
         answers: List[Tuple[int, str, List[str]]] = []
-        self.far.send(verb, words, (), (), lambda *answer: answers.append(answer))
+        self.far.send('probe', done=lambda *answer: answers.append(answer))
         while not answers:
             self.far.turn(None)
         code, said, values = answers[0]
         if code:
             raise (Lost if self.options.watch and self.was_writable else Stop)(
                 'cannot write to %s over there: %s' % (shown(self.options.destination), said))
-        if said:
-            self.report.warn('%s over there: %s' % (verb, said))
-        return values
+        self.probed(values[0])
 
-    def probe(self) -> None:
-        """Finds out what the far side can do, before the first record that needs to know."""
-        if not self.can:
-            self.probed(self.wait_for('probe'))
-
-    def stage(self) -> None:
-        """Has the far side make its staging, which is there only while it is needed."""
-        if not self.is_staged:
-            self.is_staged = True
-            self.far.send('stage')
-
-    def rest(self) -> None:
-        """Has the far side remove its staging, and sets the root's time, which that changed."""
-        self.is_staged = False
-        self.far.send('rest')
-        if self.remote.root is not None:
-            self.remote.root = self.remote.root._replace(mtime_ns=None)
-        self.send({'': META})
-
-    def probed(self, values: List[str]) -> None:
+    def probed(self, answer: str) -> None:
         """Takes note of what the far side can do. Now its staging stands, and must not stand within the
         source, nor the source within the replica. Raises Stop."""
-        self.can = values[0].split()
+        self.can = answer.split()
         self.is_staged = self.was_writable = True
-        root = self.remote.root
-        if root is not None:
-            self.remote.root = root._replace(mtime_ns=None)
+        forget_time(self.remote, '')
         here, there = os.path.realpath(self.source.root), os.path.realpath(self.options.destination)
         if (os.path.lexists(os.path.join(here, self.far.staging))
                 or self.overlaps() and os.path.lexists(os.path.join(there, self.far.staging))):
@@ -2385,11 +2333,25 @@ class Replica:
         here, there = (os.path.realpath(path) + '/' for path in (self.source.root, self.options.destination))
         return here.startswith(there) or there.startswith(here)
 
+    def stage(self) -> None:
+        """Has the far side make its staging, which is there only while it is needed."""
+        if not self.is_staged:
+            self.is_staged = True
+            self.far.send('stage')
+
+    def rest(self) -> None:
+        """Has the far side remove its staging, and sets the root's time, which that changed."""
+        self.is_staged = False
+        self.far.send('rest')
+        forget_time(self.remote, '')
+        self.send({'': META})
+
     # ---- sending
 
     def take_in(self, changed: Dict[str, int]) -> None:
         """Sends what is to be sent at these paths at once, if it is little; else what goes, moves, and makes
         directories of what moved; the rest becomes the backlog, which later edits overtake."""
+        self.taking = changed
         local, remote = self.source.tree, self.remote
         now = time.monotonic()
         for path in list(changed) if self.options.update_interval else ():
@@ -2400,7 +2362,7 @@ class Replica:
             self.cancel(path)
             remote.put(path, None)
         del self.source.forgotten[:]
-        for path in changed:
+        for path in changed if self.waiting else ():
             changed[path] = max(changed[path], self.waiting.pop(path, 0))
         entries = {path: local.get(path) for path in changed}
         size = sum(here.size for here in entries.values() if here is not None and here.size <= BULK_BYTES)
@@ -2412,53 +2374,74 @@ class Replica:
             for path, here in entries.items() if movable else ():
                 if here is not None and here.inode in movable and remote.get(path) is None:
                     first[path] = changed[path]
-            rest = {path: changed[path] for path in sorted(changed) if path not in first}
-            self.waiting.update(rest)
-            self.backlog.extend(rest)
+            self.waiting.update((path, changed[path]) for path in sorted(changed) if path not in first)
             changed = first
         self.send(changed)
+        self.taking = {}
+
+    def fill(self) -> bool:
+        """Sends of what can wait as much as there is room for: a part of each large file, and a slice of the
+        backlog. Whether there may be more to do at once."""
+        busy = False
+        for path, job in list(self.jobs.items())[:JOBS]:
+            if self.far.has_room():
+                state = next(job.parts, None)
+                if state is None and self.jobs.get(path) is job:
+                    del self.jobs[path]
+                busy = busy or state is not False
+        size, some = 0, {}
+        while self.waiting and self.far.has_room() and len(some) < BULK_PATHS and size < BULK_BYTES:
+            path, some[path] = self.waiting.popitem(last=False)
+            here = self.source.tree.get(path)
+            size += here.size if here is not None and here.size <= BULK_BYTES else 0
+        if some:
+            self.send(some)
+        return busy or bool(some)
 
     def send(self, hints: Dict[str, int]) -> None:
-        for path in list(self.jobs):
-            if path in hints and self.source.tree.get(path) is not None:
-                # when the job is done it looks again
-                self.source.hint(path, hints.pop(path), QUIET_SECONDS)
-            elif self.source.tree.get(path) is None:
+        for path, job in list(self.jobs.items()):
+            if self.source.tree.get(path) is None:
                 self.cancel(path)
+            elif path in hints and not job.is_staged:
+                # it is looked at again when the job is done
+                self.source.hint(path, hints.pop(path), QUIET_SECONDS)
         self.carry_out(plan(self.remote, self.source.tree, hints, not self.options.no_delete))
 
     def carry_out(self, steps: List[Step]) -> None:
-        """Sends steps that were planned, which `remote` has taken already."""
+        """Sends steps that were planned, which `remote` has taken already. In a dry run it only says them."""
         if not steps:
             return
-        self.flying[id(steps)] = steps      # if the connection ends before they are sent, they were not taken
+        if self.options.dry_run:
+            for step in steps:
+                self.report.line('would %s' % self.words_for(step, False))
+            self.announced = True       # it is not in step, and nobody is to be told that it is
+            return
+        self.flying[id(steps)] = steps  # if the connection ends before they are sent, they were not taken
         self.probe()
         self.announced = False
         self.settled.clear()
-        for verb, run in itertools.groupby(steps, lambda step: 'new' if step.verb in NEW else step.verb):
-            group = list(run)
+        for verb, group in itertools.groupby(steps, lambda step: 'new' if step.verb in NEW else step.verb):
             if verb == 'new':
                 self.send_entries(group)
             elif verb == 'meta':
-                self.send_metas(group)
+                self.send_metas(list(group))
             elif verb == 'move':
                 for step in group:
                     self.post(verb, (), [wire(step.detail), wire(step.path)], [step])
             else:
-                for some in self.in_lists(group):
-                    self.post(verb, (), [wire(step.path) for step in some], some)
+                self.post_lists(verb, (), group)
         del self.flying[id(steps)]
 
-    def in_lists(self, steps: List[Step]) -> Iterator[List[Step]]:
+    def post_lists(self, verb: str, words: Sequence[str], steps: Iterable[Step]) -> None:
         """As many as go in one record; by itself each that failed among others."""
         some: List[Step] = []
         for step in steps:
-            if some and (len(some) == LIST_PATHS or step.path in self.alone or some[-1].path in self.alone):
-                yield some
+            if some and (len(some) == LIST_PATHS or step.path in self.tries or some[-1].path in self.tries):
+                self.post(verb, words, [wire(each.path) for each in some], some)
                 some = []
             some.append(step)
         if some:
-            yield some
+            self.post(verb, words, [wire(each.path) for each in some], some)
 
     def post(self, verb: str, words: Sequence[str], paths: Sequence[bytes], steps: List[Step],
              payload: Sequence[bytes] = ()) -> None:
@@ -2468,87 +2451,78 @@ class Replica:
         self.far.send(verb, words, paths, payload,
                       lambda code, said, _: self.answered(number, steps, when, code, said))
 
+    def time_of(self, entry: Entry) -> str:
+        return seconds_of(entry.mtime_ns or 0, self.can[1] == 'fine')
+
     def send_metas(self, steps: List[Step]) -> None:
         """Times many at once where they are the same; modes one by one and after them, the deepest first,
         since a directory that may not be entered any more must be the last of its own."""
-        fine = self.can[1] == 'fine'
         times: Dict[str, List[Step]] = {}
         for step in steps:
             if 'm' not in step.detail and self.settled.get(step.path) != step.entry:
-                times.setdefault(seconds_of(step.entry.mtime_ns or 0, fine), []).append(step)
+                times.setdefault(self.time_of(step.entry), []).append(step)
         for when, group in times.items():
-            for some in self.in_lists(group):
-                self.post('meta', ('-', when), [wire(step.path) for step in some], some)
+            self.post_lists('meta', ('-', when), group)
         for step in steps:
             if 'm' in step.detail:
-                when = seconds_of(step.entry.mtime_ns or 0, fine) if 't' in step.detail else '-'
+                when = self.time_of(step.entry) if 't' in step.detail else '-'
                 self.post('meta', ('%05o' % step.entry.mode, when), [wire(step.path)], [step])
 
-    def send_entries(self, steps: List[Step]) -> None:
-        """New directories, files and links: together, or where they are few, failed before, or cannot, one by
-        one."""
+    def send_entries(self, steps: Iterable[Step]) -> None:
+        """New directories, files and links: together, or where they failed before, or cannot, one by one."""
         batch: List[Tuple[Step, bytes]] = []
         size = 0
         for step in steps:
-            data = b''
+            data, name = b'', '-'
             if step.verb == 'file':
-                if step.path in self.staged:
-                    name, entry = self.staged.pop(step.path)
-                    if entry == step.entry:
-                        self.send_batch(batch)
-                        batch, size = [], 0
-                        self.send_file(step, b'', name)
-                        continue
-                    self.far.send('drop', (name,))
-                if step.entry.size > BULK_BYTES:
+                job = self.jobs.get(step.path)
+                if job and job.is_staged and job.step.entry == step.entry:
+                    name = self.jobs.pop(step.path).name
+                elif step.entry.size > BULK_BYTES:
                     self.start_job(step)
                     continue
-                read = self.read(step)
-                if read is None:
-                    continue
-                step, data = read
-            # no rename
-            crosses = self.mounts and any(step.path.startswith(mount + '/') for mount in self.mounts)
-            if step.path in self.alone or crosses or not 0 <= (step.entry.mtime_ns or 0) < 8 * 10**18:
+                else:
+                    self.cancel(step.path)
+                    read = self.read(step)
+                    if read is None:
+                        continue
+                    step, data = read
+            alone = (name != '-' or step.path in self.tries or self.is_mounted(step.path)
+                     or not 0 <= (step.entry.mtime_ns or 0) < 8 * 10**18)       # the times that tar knows
+            if alone or size >= BULK_BYTES * 2 or len(batch) >= BULK_PATHS:
                 self.send_batch(batch)
                 batch, size = [], 0
-                self.send_one(step, data)
-                continue
-            batch.append((step, data))
-            size += len(data) + 512
-            if size >= BULK_BYTES * 2 or len(batch) >= BULK_PATHS:
-                self.send_batch(batch)
-                batch, size = [], 0
+            if alone:
+                self.send_one(step, data, name)
+            else:
+                batch.append((step, data))
+                size += len(data) + 512
         self.send_batch(batch)
 
-    def send_one(self, step: Step, data: bytes) -> None:
-        if step.verb == 'file':
-            self.send_file(step, data, '-')
-        elif step.verb == 'dir':
-            self.settled.pop(parent(step.path), None)
-            self.post('dir', (umask_for(step.entry.mode),), [wire(step.path)], [step])
-        else:
-            self.settled.pop(parent(step.path), None)
-            target = os.fsencode(step.entry.target).replace(b'\n', b'/\n') + b'.'
-            when = seconds_of(step.entry.mtime_ns or 0, self.can[1] == 'fine')
-            self.post('link', (when,), [target, wire(step.path)], [step])
-
-    def send_file(self, step: Step, data: bytes, name: str) -> None:
+    def send_one(self, step: Step, data: bytes, name: str = '-') -> None:
+        """One by itself; of a file its bytes, or the name under which it is staged."""
         self.settled.pop(parent(step.path), None)
-        entry = step.entry
-        mode = '-' if name == '-' and not entry.mode & ~0o666 else '%05o' % entry.mode
-        words = umask_for(entry.mode), mode, seconds_of(entry.mtime_ns or 0, self.can[1] == 'fine'), name
-        self.post('file', words, [wire(step.path)], [step], [data])
+        entry, path = step.entry, wire(step.path)
+        if step.verb == 'file':         # the umask alone gives a new file most modes
+            mode = '-' if name == '-' and not entry.mode & ~0o666 else '%05o' % entry.mode
+            words = umask_for(entry.mode), mode, self.time_of(entry), name
+            self.post('file', words, [path], [step], [data])
+        elif step.verb == 'dir':
+            self.post('dir', (umask_for(entry.mode),), [path], [step])
+        else:
+            target = os.fsencode(entry.target).replace(b'\n', b'/\n') + b'.'
+            self.post('link', (self.time_of(entry),), [target, path], [step])
 
     def send_batch(self, batch: List[Tuple[Step, bytes]]) -> None:
         """Each entry goes to the staging below the number of the directory it belongs in, the nearest that
-        stands over there already; so a new directory is moved to its place with all that is in it."""
+        stands over there already; so a new directory is moved to its place with all that is in it. A few are
+        faster one by one."""
         if len(batch) < 3:
             for step, data in batch:
                 self.send_one(step, data)
             return
         self.stage()
-        numbers: Dict[str, int] = {}
+        numbers: Dict[str, bytes] = {}          # directory that stands there: its name in the staging
         inside: Dict[str, bytes] = {}           # new directory: its name in the staging
         top = Entry('d', 0o700)
         members: List[Member] = [(b'b', top, b'')]
@@ -2556,13 +2530,11 @@ class Replica:
         # file is there.
         for step, data in sorted(batch, key=lambda pair: pair[0].path.replace('/', '\0')):
             above, _, name = step.path.rpartition('/')
-            base = inside.get(above)
+            base = inside.get(above) or numbers.get(above)
             if base is None:
                 self.settled.pop(above, None)
-                if above not in numbers:
-                    numbers[above] = len(numbers) + 1
-                    members.append((b'b/%d' % numbers[above], top, b''))
-                base = b'b/%d' % numbers[above]
+                base = numbers[above] = b'b/%d' % (len(numbers) + 1)
+                members.append((base, top, b''))
             name_there = base + b'/' + os.fsencode(name)
             if step.verb == 'dir':
                 inside[step.path] = name_there
@@ -2571,10 +2543,10 @@ class Replica:
                     self.settled[step.path] = here
             members.append((name_there, step.entry, data))
         if self.can[0] == 'script':
-            kind, payload = 'script', [script(members, self.can[1] == 'fine')]
+            kind, payload = 'script', script(members, self.can[1] == 'fine')
         else:
-            kind, payload = 'tar', [archive(members)]
-        self.post('bulk', (kind,), [wire(path) for path in numbers], [step for step, _ in batch], payload)
+            kind, payload = 'tar', archive(members)
+        self.post('bulk', (kind,), [wire(path) for path in numbers], [step for step, _ in batch], [payload])
         if self.can[0] == 'tar':        # busybox's, which sets the times of files only
             links = [step for step, _ in batch if step.verb == 'link']
             self.send_metas([step._replace(verb='meta', detail='t') for step in links])
@@ -2584,7 +2556,7 @@ class Replica:
         moment. None if there is nothing to send now; then it was said or hinted."""
         path = step.path
         try:
-            fd = os.open(self.source.full(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = os.open(self.source.full(path), OPEN_FLAGS)
         except OSError as error:
             self.unreadable(path, error)
             return None
@@ -2599,21 +2571,20 @@ class Replica:
                 after = os.fstat(fd)
                 if len(data) == before.st_size == after.st_size and before.st_mtime_ns == after.st_mtime_ns:
                     break
-            # it never stands still: this is as good as any, and it will be sent again
-            else:
+            else:       # it never stands still: this is as good as any, and it will be sent again
                 data = data[:before.st_size]
                 self.source.hint(path, CONTENT, QUIET_SECONDS, OPEN_SECONDS)
-            if len(data) != step.entry.size or before.st_mtime_ns != step.entry.mtime_ns:
-                entry = entry_of(before, '')._replace(size=len(data))
-                self.source.tree.put(path, entry)
-                self.remote.put(path, entry)
-                step = step._replace(entry=entry)
-            return step, data
         except OSError as error:
             self.unreadable(path, error)
             return None
         finally:
             os.close(fd)
+        if len(data) != step.entry.size or before.st_mtime_ns != step.entry.mtime_ns:
+            entry = entry_of(before, '')._replace(size=len(data))
+            self.source.tree.put(path, entry)
+            self.remote.put(path, entry)
+            step = step._replace(entry=entry)
+        return step, data
 
     def unreadable(self, path: str, error: OSError) -> None:
         """RACE: what vanished or became something else after we looked has its own event; it is looked at
@@ -2629,10 +2600,8 @@ class Replica:
     def start_job(self, step: Step) -> None:
         self.cancel(step.path)
         self.stage()
-        self.names += 1
-        job = Job('part%d' % self.names, step)
+        job = self.jobs[step.path] = Job('part%d' % next(self.job_numbers), step)
         job.parts = self.upload(job)
-        self.jobs[step.path] = job
         self.remote.put(step.path, UNKNOWN)
 
     def cancel(self, path: str) -> None:
@@ -2640,58 +2609,41 @@ class Replica:
         if job:
             job.parts.close()
             self.far.send('drop', (job.name,))
-        if path in self.staged:
-            self.far.send('drop', (self.staged.pop(path)[0],))
 
     def upload(self, job: Job) -> Iterator[bool]:
-        """Sends a file into the staging, and has it looked at again: if it is still the same it then takes
-        its place. Of a file that stands there already in another state only the blocks that differ are
-        sent."""
+        """Sends a file into the staging. Once it is all there, and if it is still the same here, it takes its
+        place, as a step that is planned like any other. Of a file that stands there already in another state
+        only the blocks that differ are sent."""
         path, entry = job.step.path, job.step.entry
-        answers: List[Tuple[int, str, List[str]]] = []
 
-        def done(code: int, said: str, values: List[str]) -> None:
+        def part(where: str, pieces: List[bytes]) -> None:
+            job.unanswered += 1
+            self.far.send('part', (where, job.name), (), pieces, answered)
+
+        def answered(code: int, said: str, _: List[str]) -> None:
+            job.unanswered -= 1
             if code and not job.failed:
-                job.failed = self.reasons[path] = said or 'it could not be written there'
+                job.failed = said or 'it could not be written there'
 
         try:
-            fd = os.open(self.source.full(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = os.open(self.source.full(path), OPEN_FLAGS)
         except OSError as error:
             self.unreadable(path, error)
             return
         try:
-            size, at, blocks = entry.size, 0, 0
-            common = min(size, int(job.step.detail or 0))
-            block = BLOCK * -(-common // (BLOCK * 256)) if common else BLOCK
-            if common > BULK_BYTES and self.can[2] != '-':
-                import hashlib
-                blocks = common // block
-                self.far.send('base', (job.name, str(blocks), str(block)), [wire(path)], (),
-                              lambda *answer: answers.append(answer))
-                while not answers:
-                    yield False
-                code, said, values = answers[0]
-                sums = [value.split()[0] for value in values if value]
-                if code or len(sums) != blocks:
-                    blocks = 0          # it is not there as it was: send it whole
-                for index in range(blocks):
-                    data = os.pread(fd, block, at)
-                    if len(data) == block and hashlib.new(self.can[2][:-3], data).hexdigest() != sums[index]:
-                        self.far.send('part', (str(at // BLOCK), job.name), (), [data], done)
-                        yield True
-                    elif index % 16 == 0:
-                        yield True      # so that nothing waits for long while we count
-                    at += block
-            while at < size and not job.failed:
-                part = max(BLOCK, min(BULK_BYTES * 8, self.far.window // 8) // BLOCK * BLOCK)
-                pieces = []
-                for start in range(at, min(at + part, size), BLOCK * 4):
-                    pieces.append(os.pread(fd, min(BLOCK * 4, min(at + part, size) - start), start))
+            at = 0
+            for at in self.patch(job, fd, part):
+                yield True
+            while at < entry.size and not job.failed:
+                slice_bytes = max(BLOCK, min(BULK_BYTES * 8, self.far.window // 8) // BLOCK * BLOCK)
+                end = min(entry.size, at + slice_bytes)
+                pieces = [os.pread(fd, min(BLOCK * 4, end - start), start)
+                          for start in range(at, end, BLOCK * 4)]
                 if not pieces[0]:
-                    break               # it shrank: that is seen below
-                self.far.send('part', ('-' if at else '+', job.name), (), pieces, done)
+                    break               # it shrank
+                part('-' if at else '+', pieces)
                 at += sum(map(len, pieces))
-                self.report.moved(part)
+                self.report.moved(end - at)
                 yield True
             after = os.fstat(fd)
         except OSError as error:
@@ -2700,106 +2652,100 @@ class Replica:
             return
         finally:
             os.close(fd)
-        if job.failed:
-            self.far.send('drop', (job.name,))
-            self.failed(path, job.failed)
-            return
+        while job.unanswered:
+            yield False
         still = (after.st_size, after.st_mtime_ns) == (entry.size, entry.mtime_ns)
         self.unstable[path] = 0 if still else self.unstable.get(path, 0) + 1
-        if still or self.unstable[path] > 2 and at == size:
-            # it never stands still: what was read is better than nothing, and is sent again
-            if not still:
+        if job.failed:
+            self.failed(path, job.failed)
+        elif still or self.unstable[path] > 2 and at == entry.size:
+            if not still:       # it never stands still: this is as good as any, and it will be sent again
                 self.source.hint(path, CONTENT, QUIET_SECONDS, OPEN_SECONDS)
-            self.staged[path] = job.name, entry
-            del self.jobs[path]
+            job.is_staged = True
             here = self.source.tree.get(path)
             if here is not None and here.kind == 'f':
                 self.source.tree.put(path, entry)
                 self.send({path: CONTENT})
                 return
+        else:
+            self.source.hint(path, CONTENT)
         self.far.send('drop', (job.name,))
-        self.source.hint(path, CONTENT)
 
-    def fill(self) -> bool:
-        """Sends of what can wait as much as there is room for: a part of each large file, and a slice of the
-        backlog. Whether there may be more to do at once."""
-        busy = False
-        for path, job in list(self.jobs.items())[:JOBS]:
-            if self.far.has_room():
-                state = next(job.parts, None)
-                if state is None and self.jobs.get(path) is job:
-                    del self.jobs[path]
-                busy = busy or state is not False
-        size, some = 0, {}
-        while self.backlog and self.far.has_room() and len(some) < BULK_PATHS and size < BULK_BYTES:
-            path = self.backlog.popleft()
-            if path in self.waiting:
-                some[path] = self.waiting.pop(path)
-                here = self.source.tree.get(path)
-                size += here.size if here is not None and here.size <= BULK_BYTES else 0
-        if some:
-            self.send(some)
-        return busy or bool(some)
+    def patch(self, job: Job, fd: int, part: Callable[[str, List[bytes]], None]) -> Iterator[int]:
+        """Has the far side stage what stands there, and sends the blocks that differ. Yields how far it came;
+        0 while it waits, and at last if there is nothing to begin with: then the file is sent whole."""
+        common = min(job.step.entry.size, int(job.step.detail or 0))
+        if common <= BULK_BYTES or self.can[2] == '-':
+            return
+        import hashlib
+        block = BLOCK * -(-common // (BLOCK * 256))
+        blocks = common // block
+        answers: List[Tuple[int, str, List[str]]] = []
+        self.far.send('base', (job.name, str(blocks), str(block)), [wire(job.step.path)],
+                      done=lambda *answer: answers.append(answer))
+        while not answers:
+            yield 0
+        code, _, values = answers[0]
+        sums = [value.split()[0] for value in values if value]
+        for index, there in enumerate(sums if not code and len(sums) == blocks else ()):
+            data = os.pread(fd, block, index * block)
+            if len(data) == block and hashlib.new(self.can[2][:-3], data).hexdigest() != there:
+                part(str(index * block // BLOCK), [data])
+            yield (index + 1) * block
 
     # ---- answers
 
     def answered(self, number: int, steps: List[Step], when: float, code: int, said: str) -> None:
         """Confirms steps, or takes back the belief that they were taken. Raises Drifted where the far side is
         not as it was listed, unless that comes from a step of ours that failed while this was on its way."""
-        self.flying.pop(id(steps), None)
+        only, follows = steps[0], number <= self.failed_until
+        del self.flying[id(steps)]
         if code in (0, 3):
-            took = (time.monotonic() - when) * 1000
+            took_ms = (time.monotonic() - when) * 1000
             for step in steps:
-                self.confirm(step, took)
+                self.confirm(step, took_ms)
             self.report.flush()
             if code == 3:
-                self.refused(steps[0], said)
+                self.refused(only, said)
             elif said:
-                self.report.warn('%s: the far side says: %s' % (shown(steps[0].path), said))
+                self.report.warn('%s: the far side says: %s' % (shown(only.path), said))
             return
+        in_the_way = only.verb == 'rmdir' and len(steps) == 1 and re.search('not empty|busy', said, re.I)
+        drifted = self.drifts < DRIFTS_MOST and (code == 2 and not follows or in_the_way and only.detail == '?')
+        if in_the_way and not drifted and not self.remote.folders.get(only.path):
+            self.report.notice(only.path, 'stays over there: it holds what was not replicated')
+            self.tries.pop(only.path, None)
+            return
+        if code == 1:
+            self.failed_until = self.far.number
         for step in steps:
+            path = step.path
             if step.verb in ('remove', 'rmdir'):
-                if (step.verb == 'rmdir' and len(steps) == 1 and re.search('not empty|busy', said, re.I)
-                        and not self.remote.folders.get(step.path)):
-                    if step.detail == '?' and self.drifts < 3:
-                        self.still_there(step.path)
-                        self.drifts += 1
-                        raise Drifted('%s is not empty' % shown(step.path))
-                    self.report.notice(step.path, 'stays over there: it holds what was not replicated')
-                    self.alone.discard(step.path)
-                    return
                 known = step.verb == 'rmdir' and step.detail != '?'
-                self.still_there(step.path, Entry('d', 0o700) if known else UNKNOWN)
+                self.still_there(path, Entry('d', 0o700) if known else UNKNOWN)
             elif step.verb != 'meta':
-                self.remote.put(step.path, UNKNOWN)
+                self.remote.put(path, UNKNOWN)
             if step.verb == 'move':
                 self.still_there(step.detail)
                 self.again(step.detail)
-            if len(steps) > 1:
-                self.alone.add(step.path)
-                self.again(step.path)
-            elif step.verb == 'move':
-                self.again(step.path)
+            if drifted:
+                continue                # all is compared anew
+            if len(steps) > 1 or step.verb == 'move':
+                self.tries.setdefault(path, 0)
+                self.again(path)
             elif step.verb == 'meta' and code == 1:
                 self.refused(step, said)
-            elif code == 2 and number <= self.failed_until:
-                self.failed(step.path, '')      # for want of what failed before it
-            else:
-                self.failed(step.path, said or 'it could not be done over there')
-        if code == 1:
-            self.failed_until = self.far.number
-        elif number > self.failed_until and self.drifts < 3:
+            else:                       # what failed for want of another is not named
+                self.failed(path, '' if code == 2 and follows else said or 'it could not be done over there')
+        if drifted:
             self.drifts += 1
-            raise Drifted('%s: %s' % (shown(steps[0].path), said or 'it is not there any more'))
+            raise Drifted('%s: %s' % (shown(only.path), said or 'it is not there any more'))
 
     def still_there(self, path: str, entry: Entry = UNKNOWN) -> None:
         """Takes back a removal, and those of the directories above it, which cannot have gone either."""
-        missing = []
         above = parent(path)
-        while not self.remote.is_directory(above):
-            missing.append(above)
-            above = parent(above)
-        for above in reversed(missing):
+        if not self.remote.is_directory(above):
+            self.still_there(above)
             self.remote.put(above, Entry('d', 0o700))
         if self.remote.get(path) is None:
             self.remote.put(path, entry)
@@ -2809,9 +2755,8 @@ class Replica:
         self.source.hint(path, LOOK if self.source.tree.is_directory(path) else hint, delay)
 
     def failed(self, path: str, why: str, hint: int = CONTENT) -> None:
-        """Says why a path could not be replicated ('': that was said of another), once, and has it tried again
-        while there is somebody to see it."""
-        why = self.reasons.pop(path, why)
+        """Says why a path could not be replicated ('': that was said of another), once, and has it tried
+        again while there is somebody to see it."""
         if why:
             self.report.problem(path, why, 'send')
         tries = self.tries[path] = self.tries.get(path, -1) + 1
@@ -2824,7 +2769,7 @@ class Replica:
         again."""
         path, entry = step.path, step.entry._replace(mode=-1, mtime_ns=0)
         if step.verb == 'meta' and step.detail == 't' and entry.kind == 'd':
-            self.remote.put(path, step.entry._replace(mtime_ns=None))
+            forget_time(self.remote, path)
             self.report.notice(path, 'its time could not be set: ' + why)
             return
         if (self.remote.get(path) or UNKNOWN).kind == entry.kind:
@@ -2835,7 +2780,6 @@ class Replica:
         path = step.path
         self.report.solved(path, 'send')
         self.tries.pop(path, None)
-        self.alone.discard(path)
         if step.verb == 'meta' and 'm' not in step.detail and step.entry.kind != 'f':
             return                      # a directory's time changes with what is in it: not worth a line
         self.confirmed.append(path)
@@ -2932,9 +2876,7 @@ def keep_in_step(options: Options, source: Source, replica: Replica, hooks: Hook
                 next_look = now + poll_seconds
             wait = min(next_look - now, wait if wait is not None else 1e9)
         if source.hints or source.rules_changed:
-            changed = source.look()
-            with replica.remembering(changed):
-                replica.take_in(changed)
+            replica.take_in(source.look())
         busy = replica.fill()
         if not busy and replica.is_staged and replica.is_idle(sent_is_enough=not options.watch):
             replica.rest()
