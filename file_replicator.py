@@ -515,6 +515,7 @@ BLOCK = 1 << 16                 # parts of a large file begin at multiples of th
 JOBS = 8                        # large files on their way at once
 PIPE_BYTES = 1 << 20            # asked of the kernel for the pipes to the connection command
 WINDOW_BYTES = 8 << 20          # on the way and not answered; grows and shrinks with how long answers take
+CROWD = 32                      # records on their way, at which changes are gathered
 READY_SECONDS = 40              # for the far side to answer at all
 BEAT_SECONDS, SILENT_SECONDS = 12, 25   # idle before a heartbeat, waiting before a connection is given up
 QUIET_SECONDS = 0.2             # without another write before a file that is still open is sent,
@@ -1690,6 +1691,11 @@ class Connection:
         long."""
         return self.bytes_in_flight < self.window
 
+    def is_crowded(self) -> bool:
+        """Whether so many records wait for answers that changes had better gather here: what changes all the
+        time is then sent as often as the far side can follow, and nothing waits long behind it."""
+        return len(self.flight) > CROWD
+
     def turn(self, seconds: Optional[float], other: Optional[int] = None) -> None:
         """Waits up to `seconds` (None: until something happens) for the far side or `other` to have
         something, writes what can be written, and calls what the answers that came are for."""
@@ -2711,7 +2717,8 @@ class Replica:
                 self.report.warn('%s: the far side says: %s' % (shown(only.path), said))
             return
         in_the_way = only.verb == 'rmdir' and len(steps) == 1 and re.search('not empty|busy', said, re.I)
-        drifted = self.drifts < DRIFTS_MOST and (code == 2 and not follows or in_the_way and only.detail == '?')
+        drifted = self.drifts < DRIFTS_MOST and (
+            code == 2 and not follows or in_the_way and only.detail == '?')
         if in_the_way and not drifted and not self.remote.folders.get(only.path):
             self.report.notice(only.path, 'stays over there: it holds what was not replicated')
             self.tries.pop(only.path, None)
@@ -2875,7 +2882,7 @@ def keep_in_step(options: Options, source: Source, replica: Replica, hooks: Hook
                 source.hint('', CONTENT)
                 next_look = now + poll_seconds
             wait = min(next_look - now, wait if wait is not None else 1e9)
-        if source.hints or source.rules_changed:
+        if (source.hints or source.rules_changed) and not replica.far.is_crowded():
             replica.take_in(source.look())
         busy = replica.fill()
         if not busy and replica.is_staged and replica.is_idle(sent_is_enough=not options.watch):
@@ -2890,7 +2897,8 @@ def keep_in_step(options: Options, source: Source, replica: Replica, hooks: Hook
                 hooks.queue.join()
                 replica.far.at_rest = True
                 return
-        replica.far.turn(0 if busy or source.hints else wait, source.watch.fd)
+        more = source.hints and not replica.far.is_crowded()
+        replica.far.turn(0 if busy or more else wait, source.watch.fd)
         report.moved(0)
         source.listen()
 
