@@ -508,8 +508,9 @@ main() {
 
 # ==== 2. Words ==============================================================================================
 
-BULK_BYTES = 1 << 20            # a slice of the backlog, and the largest file that travels whole
-BULK_PATHS = 1000
+BULK_BYTES = 1 << 20            # the largest file that travels whole
+BULK_PATHS = 1000               # in one record, at most
+SLICE_BYTES = 4 << 20           # of the backlog in one record, at most: large ones save processes over there
 LIST_PATHS = 128                # paths in one remove, rmdir, dir or meta record
 BLOCK = 1 << 16                 # parts of a large file begin at multiples of this
 JOBS = 8                        # large files on their way at once
@@ -1691,6 +1692,10 @@ class Connection:
         long."""
         return self.bytes_in_flight < self.window
 
+    def slice_bytes(self) -> int:
+        """How much of the backlog goes in one record."""
+        return min(SLICE_BYTES, self.window // 4) // BLOCK * BLOCK
+
     def is_crowded(self) -> bool:
         """Whether so many records wait for answers that changes had better gather here: what changes all the
         time is then sent as often as the far side can follow, and nothing waits long behind it."""
@@ -2395,9 +2400,10 @@ class Replica:
                 if state is None and self.jobs.get(path) is job:
                     del self.jobs[path]
                 busy = busy or state is not False
-        size, some = 0, {}
-        while self.waiting and self.far.has_room() and len(some) < BULK_PATHS and size < BULK_BYTES:
-            path, some[path] = self.waiting.popitem(last=False)
+        size, some, most = 0, {}, self.far.slice_bytes()
+        while self.waiting and self.far.has_room() and len(some) < BULK_PATHS and size < most:
+            path, why = self.waiting.popitem(last=False)
+            some[path] = why
             here = self.source.tree.get(path)
             size += here.size if here is not None and here.size <= BULK_BYTES else 0
         if some:
@@ -2495,7 +2501,7 @@ class Replica:
                     step, data = read
             alone = (name != '-' or step.path in self.tries or self.is_mounted(step.path)
                      or not 0 <= (step.entry.mtime_ns or 0) < 8 * 10**18)       # the times that tar knows
-            if alone or size >= BULK_BYTES * 2 or len(batch) >= BULK_PATHS:
+            if alone or size >= self.far.slice_bytes() * 2 or len(batch) >= BULK_PATHS:
                 self.send_batch(batch)
                 batch, size = [], 0
             if alone:
@@ -2641,8 +2647,7 @@ class Replica:
             for at in self.patch(job, fd, part):
                 yield True
             while at < entry.size and not job.failed:
-                slice_bytes = max(BLOCK, min(BULK_BYTES * 8, self.far.window // 8) // BLOCK * BLOCK)
-                end = min(entry.size, at + slice_bytes)
+                end = min(entry.size, at + self.far.slice_bytes())
                 pieces = [os.pread(fd, min(BLOCK * 4, end - start), start)
                           for start in range(at, end, BLOCK * 4)]
                 if not pieces[0]:
