@@ -591,8 +591,8 @@ class Tree:
         if names is None:
             return
         if path in self.folders and (entry is None or entry.kind != 'd'):
-            for gone in [path, *(below for below in self.below(path) if below in self.folders)]:
-                del self.folders[gone]
+            for gone in [path, *self.below(path)]:
+                self.folders.pop(gone, None)
         if entry is None:
             names.pop(name, None)
         else:
@@ -602,19 +602,14 @@ class Tree:
 
     def below(self, top: str) -> Iterator[str]:
         """Every path below a directory, sorted within each, what is above before what is in it."""
-        stack = [iter(sorted(self.folders.get(top, ())))]
-        prefixes = [top + '/' if top else '']
+        stack = [top]
         while stack:
-            name = next(stack[-1], None)
-            if name is None:
-                stack.pop()
-                prefixes.pop()
-                continue
-            path = prefixes[-1] + name
-            yield path
+            path = stack.pop()
+            if path != top:
+                yield path
             if path in self.folders:
-                stack.append(iter(sorted(self.folders[path])))
-                prefixes.append(path + '/')
+                prefix = path + '/' if path else ''
+                stack += [prefix + name for name in sorted(self.folders[path], reverse=True)]
 
     def move(self, old: str, new: str) -> None:
         """Renames, with all that is below."""
@@ -647,73 +642,62 @@ def shown(path: str) -> str:
 def pattern_regex(pattern: str) -> Tuple[Pattern, bool]:
     """The expression that whole paths match, and whether only directories do. Raises ValueError for an empty
     one."""
-    only_directories = pattern.endswith('/')
-    body = pattern.rstrip('/')
-    anchored = '/' in body
-    body = body.lstrip('/')
-    if not body:
-        raise ValueError('an empty pattern')
-    out, i = '', 0
-    while i < len(body):
-        c = body[i]
-        if body.startswith('**/', i) and (i == 0 or body[i - 1] == '/'):
-            out, i = out + '(?:.*/)?', i + 3
-        elif body.startswith('**', i):
-            out, i = out + '.*', i + 2
-        elif c == '[' and ']' in body[i + 2:]:
-            end = body.index(']', i + 2)
-            inside = body[i + 1:end].replace('\\', '\\\\').replace('[', '\\[')
+    def expression(found) -> str:
+        if found[1]:
+            inside = found[1].replace('\\', '\\\\').replace('[', '\\[')
             if inside[0] in '!^':
                 inside = '^/' + inside[1:]
-            out, i = out + '(?!/)[' + inside + ']', end + 1
-        else:
-            out, i = out + {'*': '[^/]*', '?': '[^/]'}.get(c, re.escape(c)), i + 1
-    return re.compile(('' if anchored else '(?:.*/)?') + out, re.DOTALL), only_directories
+            return '(?!/)[' + inside + ']'
+        special = {'**/': '(?:.*/)?', '**': '.*', '*': '[^/]*', '?': '[^/]'}
+        return special.get(found[0]) or re.escape(found[0])
+
+    body = pattern.strip('/')
+    if not body:
+        raise ValueError('an empty pattern')
+    # a **/ that begins a name, others, and a class, whose first character may be ]
+    out = re.sub(r'(?s)(?<![^/])\*\*/|\*\*|\[(.[^]]*)\]|.', expression, body)
+    anchored = '/' in pattern.rstrip('/')
+    return re.compile(('' if anchored else '(?:.*/)?') + out, re.DOTALL), pattern.endswith('/')
 
 
 class Git:
-    """Asks git what it ignores in one work tree, or in a directory that is in none."""
+    """What git ignores in one work tree, or in a directory that is in none, as its rules and index are now."""
 
     def __init__(self, top: str):
         self.top = os.path.abspath(top)
         self.environment = {name: value for name, value in os.environ.items()
                             if not name.startswith('GIT_') or name == 'GIT_CONFIG_GLOBAL'}
         self.environment['LC_ALL'] = 'C'
-        self.throwaway: Optional[str] = None
-        # the directories between here and the top of the work tree, which have rules too
-        self.above: List[str] = []
+        self.throwaway: Any = None
         self.asking: Optional[subprocess.Popen] = None
-        self.directory = self.find_git_directory()
-        if self.directory is None:
+        self.above: List[str] = []      # from here to the top of the work tree: they have rules too
+        self.directory = self.find_directory()
+        if not self.directory:
             self.use_throwaway()
 
-    def find_git_directory(self) -> Optional[str]:
-        at = self.top
-        while True:
+    def find_directory(self) -> str:
+        """Git's own directory of this work tree; '' if there is none."""
+        at, below = self.top, ''
+        while at != below:
             git = os.path.join(at, '.git')
             if os.path.isdir(git):
                 return git
             if os.path.isfile(git):         # a linked work tree or a submodule
-                with open(git, errors='surrogateescape') as file:
+                with contextlib.suppress(OSError), open(git, errors='surrogateescape') as file:
                     return os.path.join(at, file.read().partition('gitdir: ')[2].strip())
-            if at == os.path.dirname(at):
-                self.above.clear()
-                return None
-            at = os.path.dirname(at)
+            at, below = os.path.dirname(at), at
             self.above.append(at)
+        return ''
 
     def use_throwaway(self) -> None:
         """Git reads a .gitignore only where there is a repository: here is an empty one, elsewhere."""
-        import atexit
-        import shutil
         import tempfile
-        self.throwaway = tempfile.mkdtemp(prefix='file_replicator.git.')
-        atexit.register(shutil.rmtree, self.throwaway, True)
+        self.throwaway = tempfile.TemporaryDirectory(prefix='file_replicator.git.')
         for name in ('objects', 'refs'):
-            os.mkdir(os.path.join(self.throwaway, name))
-        with open(os.path.join(self.throwaway, 'HEAD'), 'w') as file:
+            os.mkdir(os.path.join(self.throwaway.name, name))
+        with open(os.path.join(self.throwaway.name, 'HEAD'), 'w') as file:
             file.write('ref: refs/heads/none\n')
-        self.environment.update(GIT_DIR=self.throwaway, GIT_WORK_TREE=self.top)
+        self.environment.update(GIT_DIR=self.throwaway.name, GIT_WORK_TREE=self.top)
 
     def run(self, *words: str, given: bytes = b'') -> bytes:
         try:
@@ -734,52 +718,47 @@ class Git:
         """What git leaves out, relative to the top ('.'); of an ignored directory that holds nothing tracked
         only itself. ls-files also names directories that hold only ignored files, and are not ignored: so it
         is asked again."""
-        self.close()                    # its index and rules are those of when it was started
         out = self.run('ls-files', '-z', '--others', '--ignored', '--exclude-standard', '--directory')
-        out = out.split(b'\0')[:-1]
-        directories = [path.rstrip(b'/') for path in out if path.endswith(b'/')]
+        paths = out.split(b'\0')[:-1]
+        directories = b'\0'.join(path[:-1] for path in paths if path.endswith(b'/'))
         if directories:
-            given = b'\0'.join(directories)
-            really = set(self.run('check-ignore', '--no-index', '-z', '--stdin', given=given).split(b'\0'))
-            out = [path for path in out if not path.endswith(b'/') or path.rstrip(b'/') in really]
-        return (os.fsdecode(path).rstrip('/') for path in out)
+            out = self.run('check-ignore', '--no-index', '-z', '--stdin', given=directories)
+            really = set(out.split(b'\0'))
+            paths = [path for path in paths if not path.endswith(b'/') or path[:-1] in really]
+        return (os.fsdecode(path).rstrip('/') for path in paths)
 
-    def ignores(self, paths: List[str]) -> List[bool]:
-        """Whether git leaves out each of these new paths, relative to the top: one process answers all
-        through."""
-        answers: List[bool] = []
+    def ignores(self, path: str) -> bool:
+        """Whether git leaves out a new path, relative to the top: one process answers all through. It ends at
+        a path in a submodule, or behind a link: those are not its to judge."""
+        answer = b''
         try:
             if self.asking is None:
                 self.asking = subprocess.Popen(
                     ['git', '-C', self.top, 'check-ignore', '-z', '--stdin', '--verbose', '--non-matching'],
                     env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL)
-            for path in paths:
-                self.asking.stdin.write(os.fsencode(path) + b'\0')
-                self.asking.stdin.flush()
-                answer, fields = b'', 0
-                while fields < 4:       # source, line, pattern, path
-                    answer += self.asking.stdout.read1(65536) or b'\0\0\0\0'
-                    fields = answer.count(b'\0')
-                pattern = answer.split(b'\0')[2]
-                matched = bool(pattern) and not pattern.startswith(b'!')
-                if matched and self.run('ls-files', '-z', '--', ':(literal)' + path):
-                    matched = False     # it holds what is tracked
-                answers.append(matched)
-        # it ends at a path in a submodule, or behind a link: those are not its to judge
+                    stderr=subprocess.DEVNULL, bufsize=0)
+            self.asking.stdin.write(os.fsencode(path) + b'\0')
+            while answer.count(b'\0') < 4:      # source, line, pattern, path
+                more = self.asking.stdout.read(65536)
+                if not more:
+                    raise BrokenPipeError
+                answer += more
         except OSError:
-            pass
-        if len(answers) < len(paths) or self.asking.poll() is not None:
-            self.close()
-        return answers + [False] * (len(paths) - len(answers))
+            self.end_asking()
+            return False
+        pattern = answer.split(b'\0')[2]
+        return (bool(pattern) and not pattern.startswith(b'!')
+                and not self.run('ls-files', '-z', '--', ':(literal)' + path))      # what holds tracked files
+
+    def end_asking(self) -> None:
+        if self.asking:
+            with self.asking:           # closes its pipes, and waits for it
+                self.asking = None
 
     def close(self) -> None:
-        if self.asking:
-            with contextlib.suppress(OSError):      # what it did not read any more
-                self.asking.stdin.close()
-            self.asking.stdout.close()
-            self.asking.wait()
-            self.asking = None
+        self.end_asking()
+        if self.throwaway:
+            self.throwaway.cleanup()
 
 
 class LeftOut:
@@ -787,7 +766,6 @@ class LeftOut:
 
     def __init__(self, root: str, patterns: Sequence[str], ask_git: bool):
         self.root = root
-        self.never: Set[str] = set()        # left out whatever the rules: our own log file
         self.patterns = [(pattern, *pattern_regex(pattern)) for pattern in patterns]
         self.ask_git = ask_git
         self.git: Dict[str, Git] = {}       # the top of each work tree below the root: what knows it
@@ -797,19 +775,18 @@ class LeftOut:
     def refresh(self) -> bool:
         """Asks git anew about everything. True if the answer is another than before. Raises Stop."""
         before, self.ignored = self.ignored, set()
+        tops = list(self.git) or ['']
+        self.close()
         if self.ask_git and self.has_git:
-            for top in list(self.git) or ['']:
+            for top in tops:
                 if not top or os.path.lexists(os.path.join(self.root, top, '.git')):
                     self.add_work_tree(top)
-                else:
-                    self.git.pop(top).close()
         if '.' in self.ignored:
             raise Stop('git ignores all of %s; --no-gitignore replicates it' % shown(self.root))
         return before != self.ignored
 
     def add_work_tree(self, top: str) -> None:
-        git = self.git.get(top) or Git(os.path.join(self.root, top))
-        self.git[top] = git
+        git = self.git[top] = Git(os.path.join(self.root, top))
         self.ignored.update((top + '/' + path if top else path) for path in git.ignored())
 
     def check_git(self, path: str) -> None:
@@ -820,36 +797,28 @@ class LeftOut:
 
     def enter(self, directory: str, names: Collection[str]) -> None:
         """Takes note of a directory's own repository. Raises Stop."""
-        if self.ask_git and self.has_git and directory and '.git' in names and directory not in self.git:
+        if self.git and '.git' in names and directory not in self.git:
             self.add_work_tree(directory)
-
-    def excludes(self, path: str, is_directory: bool) -> bool:
-        """By pattern. RACE: none, patterns never change."""
-        return any(regex.fullmatch(path) and (is_directory or not only_directories)
-                   for _, regex, only_directories in self.patterns)
 
     def __call__(self, path: str, is_directory: bool) -> bool:
         """Whether a path is left out, as far as git was last asked."""
-        return (path in self.ignored or path in self.never
-                or self.ask_git and (path == '.git' or path.endswith('/.git'))
-                or bool(self.patterns) and self.excludes(path, is_directory))
+        if path in self.ignored or self.ask_git and (path == '.git' or path.endswith('/.git')):
+            return True
+        for _, regex, only_directories in self.patterns:
+            if (is_directory or not only_directories) and regex.fullmatch(path):
+                return True
+        return False
 
     def ask(self, paths: List[str], gone: bool = False) -> None:
         """Asks git about paths it was not asked about before. Of those that are gone here (they stand over
         there) git cannot tell a directory from a file, but it can for what would be in it."""
-        if not self.git:
-            return
-        tops = sorted(self.git, key=len, reverse=True)
-        by_top: Dict[str, List[str]] = {}
-        for path in paths:
-            top = next(top for top in tops if not top or path.startswith(top + '/'))
-            by_top.setdefault(top, []).append(path)
-        for top, group in by_top.items():
-            inside = [path[len(top) + 1:] if top else path for path in group]
-            self.ignored.update(path for path, out in zip(group, self.git[top].ignores(inside)) if out)
-            if gone:
-                probes = [path + '/.' + '\x7f' for path in inside]
-                self.ignored.update(path for path, out in zip(group, self.git[top].ignores(probes)) if out)
+        for path in paths if self.git else ():
+            top = parent(path)
+            while top not in self.git:
+                top = parent(top)
+            inside = path[len(top) + 1:] if top else path
+            if self.git[top].ignores(inside) or gone and self.git[top].ignores(inside + '/.\x7f'):
+                self.ignored.add(path)
 
     def within(self, path: str) -> bool:
         """Whether a path or anything above it is left out: for paths that stand only over there."""
@@ -869,8 +838,8 @@ class LeftOut:
         return words
 
     def close(self) -> None:
-        for git in self.git.values():
-            git.close()
+        while self.git:
+            self.git.popitem()[1].close()
 
 
 # ==== 4. Look: what stands here, and where to look again ====================================================
@@ -1027,7 +996,7 @@ class Source:
             if directory.startswith('\0'):          # git's own directory, or one above the root
                 self.rules_changed = self.rules_changed or name in ('index', 'exclude', '.gitignore')
                 continue
-            if name == '.gitignore' and self.left_out.ask_git:
+            if name in ('.gitignore', '.git') and self.left_out.ask_git:
                 self.rules_changed = True
             path = (directory + '/' + name if directory else name) if name else directory
             if name and self.left_out(path, bool(mask & flags.ISDIR)):
@@ -1181,7 +1150,7 @@ class Source:
         not there."""
         stack = [top]
         tick = 0
-        choosy = self.left_out.ask_git or bool(self.left_out.patterns or self.left_out.never)
+        choosy = self.left_out.ask_git or bool(self.left_out.patterns)
         while stack:
             directory = stack.pop()
             prefix = directory + '/' if directory else ''
@@ -2885,7 +2854,7 @@ def replicate(options: Options) -> int:
     left_out = LeftOut(options.source, options.excludes, options.gitignore)
     log_file = os.path.relpath(os.path.realpath(options.log_file), os.path.realpath(options.source))
     if options.log_file and not log_file.startswith('../'):
-        left_out.never.add(log_file)
+        left_out.patterns.append(('/' + log_file, re.compile(re.escape(log_file)), False))
         report.notice(log_file, 'is left out: it is our log file')
     watch = Watch(options.source, options.watch and not options.poll)
     source = Source(options.source, left_out, watch, report)

@@ -3437,9 +3437,6 @@ def git_seen(source):
 def git_close(source):
     source.left_out.close()
     source.watch.give_up('the end')
-    for each in source.left_out.git.values():
-        if each.throwaway:
-            shutil.rmtree(each.throwaway)
 
 
 def git_random(base, seed, kind):
