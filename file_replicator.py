@@ -63,7 +63,7 @@ __version__ = '1.0'
 #     rest                             0                              removes it
 #     file    umask mode time name     1, the file's or none          replaces a file, in one rename
 #     part    where name               0, a part of a large file      goes to a staged file
-#     base    name blocks size         1                              stages what stands there, says its sums
+#     base    name blocks size bytes   1                              stages what stands there, says its sums
 #     drop    name                     0                              forgets a staged file
 #     dir     umask                    1                              makes a directory
 #     link    time                     2: its target and a dot, path  replaces a symbolic link
@@ -84,10 +84,6 @@ RECEIVER = r'''# What file_replicator.py runs on the far side: functions only; o
 # The rules it keeps: no byte of the stream is left over or taken too much, whatever fails; nothing outside
 # the replica is written; nothing is put in place before its last byte is here. A process costs half a
 # millisecond, a builtin a hundredth of that, so the common paths are mostly builtins.
-
-# Answers record $1: 0 done, 1 failed (why stands in the lines before), 2 the far side is not as it was
-# listed, 3 done, but for the mode or the time.
-answer() { echo "$nonce $1 $2"; }
 
 # Says why this session cannot go on, and ends it.
 stop() { echo "$nonce stop $1"; exit 1; }
@@ -119,13 +115,13 @@ get() {
 # at a short read, and short reads are the normal case behind ssh and docker; so probe picks one that is exact
 # here.
 take() {
+  [ "$1" != 0 ] || return 0
   case $taker in
     1) dd ibs=65536 obs=65536 count="$1" iflag=count_bytes,fullblock status=none ;;
-    2) dd ibs=65536 obs=65536 count="$1" iflag=count_bytes,fullblock 2>/dev/null ;;
-    3) head -c "$1" ;;
-    4) dd ibs=65536 obs=65536 count=$(($1 / 65536)) iflag=fullblock 2>/dev/null
-       [ $(($1 % 65536)) = 0 ] || dd ibs=$(($1 % 65536)) obs=65536 count=1 iflag=fullblock 2>/dev/null ;;
-    5) dd ibs=65536 obs=65536 count="$1" iflag=count_bytes 2>/dev/null ;;
+    2) head -c "$1" ;;
+    3) dd ibs=65536 obs=65536 count=$(($1 / 65536)) iflag=fullblock 2>/dev/null && {
+         [ $(($1 % 65536)) = 0 ] || dd ibs=$(($1 % 65536)) obs=65536 count=1 iflag=fullblock 2>/dev/null; } ;;
+    4) dd ibs=65536 obs=65536 count="$1" iflag=count_bytes 2>/dev/null ;;
     *) dd ibs=1 obs=65536 count="$1" 2>/dev/null ;;
   esac
 }
@@ -134,23 +130,23 @@ take() {
 # disk, a tar that gave up), the rest is passed over up to the marker: a file's bytes must never be taken for
 # records. A connection that ends here ends the session, so half a record is never acted on.
 settle() {
-  IFS= read -r line || leave
-  [ "$line" != "$nonce." ] || return 0
-  while :; do
-    case $line in *"$nonce.") return 1 ;; esac
-    IFS= read -r line || leave
+  [ "$length" != 0 ] || return 0
+  passed=0
+  while IFS= read -r line || leave; do
+    case $line in "$nonce.") return $passed ;; *"$nonce.") return 1 ;; esac
+    passed=1
   done
 }
 
 # Passes over the bytes of a record that cannot be used.
-skip() { [ "$length" = 0 ] || { take "$length" >/dev/null; settle; }; }
+skip() { take "$length" >/dev/null; settle; }
 
 # Appends the bytes of this record to the file $1. True if all of them are there.
 store() {
   opened='' took=''
-  { opened=1; if [ "$length" = 0 ] || take "$length"; then took=1; fi; } >>"$1"
+  { opened=1; take "$length" && took=1; } >>"$1"
   [ -n "$opened" ] || { skip; return 1; }
-  { [ "$length" = 0 ] || settle; } && [ -n "$took" ]
+  settle && [ -n "$took" ]
 }
 
 # True if everything above the path $1 is a directory and none of it a link: nothing is written, moved or
@@ -159,11 +155,9 @@ store() {
 solid() {
   above=${1%/*}
   [ "$above" != "$checked" ] || return 0
-  walked=. rest=${above#.}
+  walked=. rest=${above#./}/
   while [ -n "$rest" ]; do
-    rest=${rest#/}
-    walked=$walked/${rest%%/*}
-    case $rest in */*) rest=/${rest#*/} ;; *) rest= ;; esac
+    walked=$walked/${rest%%/*} rest=${rest#*/}
     if [ -h "$walked" ] || [ ! -d "$walked" ]; then echo "what is above it is no directory"; return 1; fi
   done
   checked=$above
@@ -173,13 +167,11 @@ solid() {
 stands() { [ -e "$1" ] || [ -h "$1" ]; }
 
 # Makes way at $1 for what is no directory: mv and ln would go into a directory, or through a link to one.
-clear_way() {
-  if [ -h "$1" ]; then rm -f "$1"; elif [ -d "$1" ]; then rmdir "$1"; fi
-}
+clear_way() { [ ! -d "$1" ] || if [ -h "$1" ]; then rm -f "$1"; else rmdir "$1"; fi; }
 
 # Puts the staged $1 at $2, in one rename. A file that is a mount point cannot be renamed over: it is written.
 put() {
-  ! [ -d "$2" ] || clear_way "$2" || { rm -f "$1"; return 1; }
+  clear_way "$2" || { rm -f "$1"; return 1; }
   mv -f "$1" "$2" 2>/dev/null && return
   said=$(mv -f "$1" "$2" 2>&1) && return
   case $said in *[Bb]usy*) [ -f "$2" ] && [ ! -h "$2" ] && cat "$1" >"$2" && rm -f "$1" && return ;; esac
@@ -230,9 +222,9 @@ do_part() {
   return 1
 }
 
-# base NAME BLOCKS SIZE: stages what stands at the path as NAME, BLOCKS blocks of SIZE bytes, and says each
-# one's sum. The sums are of the bytes as they were staged, so a change over there meanwhile cannot be patched
-# wrongly.
+# base NAME BLOCKS SIZE BYTES: stages what stands at the path as NAME, BLOCKS blocks of SIZE bytes, BYTES in
+# all, and says each one's sum. The sums are of the bytes as they were staged, so a change over there meanwhile
+# cannot be patched wrongly; neither can what a full disk left out.
 do_base() {
   solid "$1" && [ -f "$1" ] && [ ! -h "$1" ] || return 2
   umask 077
@@ -242,19 +234,19 @@ do_base() {
     take "$w3" | tee -a "$stage/$w1" | "$sum"
     blocks=$((blocks - 1))
   done <"$1"
+  [ "$(stat -c %s "$stage/$w1")" = "$w4" ]
 }
 
 # drop NAME: forgets the staged file NAME.
 do_drop() { rm -f "$stage/$w1"; }
 
-# dir UMASK: makes directories. What is in the way and is none goes.
+# dir UMASK: makes a directory. What is in the way and is none goes.
 do_dir() {
+  solid "$1" || return 2
   umask "$w1"
-  for p; do
-    solid "$p" || return 2
-    if [ -h "$p" ] || { [ -e "$p" ] && [ ! -d "$p" ]; }; then rm -f "$p" || return 1; fi
-    [ -d "$p" ] || mkdir "$p" || return 1
-  done
+  [ ! -h "$1" ] && [ -d "$1" ] && return
+  ! stands "$1" || rm -f "$1" || return 1
+  mkdir "$1"
 }
 
 # link TIME: the first path, less the dot at its end, is where the second shall lead.
@@ -270,7 +262,7 @@ do_meta() {
   for p; do
     solid "$p" && stands "$p" || return 2
     [ "$w1" = - ] || [ ! -h "$p" ] || return 2
-    [ "$p" != . ] || root_time=$w2
+    [ "$p" != . ] || [ "$w2" = - ] || root_time=$w2
   done
   stamp "$w1" "$w2" "$@"
 }
@@ -279,7 +271,7 @@ do_meta() {
 do_remove() {
   for p; do
     shift
-    if solid "$p" >/dev/null && stands "$p"; then set -- "$@" "$p"; fi
+    ! solid "$p" >/dev/null || set -- "$@" "$p"
   done
   [ $# = 0 ] || rm -f "$@"
 }
@@ -297,8 +289,7 @@ do_rmdir() {
 # move: the first path becomes the second, with all that is in it.
 do_move() {
   solid "$1" && solid "$2" && stands "$1" || return 2
-  ! [ -d "$2" ] || clear_way "$2" || return 1
-  mv -f "$1" "$2"
+  clear_way "$2" && mv -f "$1" "$2"
 }
 
 # bulk KIND: an archive (tar), or lines that write the same files (script), of b/1/..., b/2/...: what is in
@@ -320,9 +311,8 @@ do_bulk() {
   number=0 failed=0
   for p; do
     number=$((number + 1))
-    into "$p" "$stage/b/$number"/* || failed=1
-    into "$p" "$stage/b/$number"/.[!.]* || failed=1
-    into "$p" "$stage/b/$number"/..?* || failed=1
+    made=$stage/b/$number
+    { into "$p" "$made"/* && into "$p" "$made"/.[!.]* && into "$p" "$made"/..?*; } || failed=1
   done
   rm -rf "$stage/b" "$stage/s"
   return $failed
@@ -369,7 +359,7 @@ do_rest() {
 # probe: makes the staging and says what this side can do, found out by use.
 do_probe() {
   do_stage || return 1
-  for taker in 1 2 3 4 5 6; do
+  for taker in 1 2 3 4 5; do
     dd if=/dev/zero bs=70001 count=1 2>/dev/null | { take 70000 2>/dev/null | wc -c; wc -c; } |
       { read -r a && read -r b && [ "$a$b" = 700001 ]; } && break
   done
@@ -445,7 +435,7 @@ main() {
   newline='
 '
   IFS=" $newline"
-  set +e +u +C
+  set +e +f +u +C
   LC_ALL=C
   export LC_ALL
   unset CDPATH TAR_OPTIONS
@@ -499,7 +489,9 @@ main() {
     [ -z "$staged" ] || [ -d "$stage" ] || stop "its staging was taken away"
     checked='' temp=''
     "do_$verb" "$@"
-    answer "$id" $?
+    code=$?
+    [ "$code" -lt 4 ] || code=1         # of a tool that was killed, or is not there
+    echo "$nonce $id $code"
   done
   leave
 }
@@ -660,6 +652,21 @@ def pattern_regex(pattern: str) -> Tuple[Pattern, bool]:
     return re.compile(('' if anchored else '(?:.*/)?') + out, re.DOTALL), pattern.endswith('/')
 
 
+@functools.lru_cache(maxsize=None)
+def empty_repository() -> str:
+    """Git reads a .gitignore only where there is a repository: this is one, elsewhere, until we end."""
+    import atexit
+    import shutil
+    import tempfile
+    top = tempfile.mkdtemp(prefix='file_replicator.git.')
+    atexit.register(shutil.rmtree, top, True)
+    for name in ('objects', 'refs'):
+        os.mkdir(os.path.join(top, name))
+    with open(os.path.join(top, 'HEAD'), 'w') as file:
+        file.write('ref: refs/heads/none\n')
+    return top
+
+
 class Git:
     """What git ignores in one work tree, or in a directory that is in none, as rules and index are now."""
 
@@ -668,12 +675,11 @@ class Git:
         self.environment = {name: value for name, value in os.environ.items()
                             if not name.startswith('GIT_') or name == 'GIT_CONFIG_GLOBAL'}
         self.environment['LC_ALL'] = 'C'
-        self.throwaway: Any = None
         self.asking: Optional[subprocess.Popen] = None
         self.above: List[str] = []      # from here to the top of the work tree: they have rules too
         self.directory = self.find_directory()
         if not self.directory:
-            self.use_throwaway()
+            self.use_empty_repository()
 
     def find_directory(self) -> str:
         """Git's own directory of this work tree; '' if there is none."""
@@ -689,15 +695,8 @@ class Git:
             self.above.append(at)
         return ''
 
-    def use_throwaway(self) -> None:
-        """Git reads a .gitignore only where there is a repository: here is an empty one, elsewhere."""
-        import tempfile
-        self.throwaway = tempfile.TemporaryDirectory(prefix='file_replicator.git.')
-        for name in ('objects', 'refs'):
-            os.mkdir(os.path.join(self.throwaway.name, name))
-        with open(os.path.join(self.throwaway.name, 'HEAD'), 'w') as file:
-            file.write('ref: refs/heads/none\n')
-        self.environment.update(GIT_DIR=self.throwaway.name, GIT_WORK_TREE=self.top)
+    def use_empty_repository(self) -> None:
+        self.environment.update(GIT_DIR=empty_repository(), GIT_WORK_TREE=self.top)
 
     def run(self, *words: str, given: bytes = b'') -> bytes:
         try:
@@ -706,8 +705,8 @@ class Git:
         except OSError as error:
             raise Stop('cannot run git, which says what to leave out: %s; install it, or use --no-gitignore'
                        % error.strerror)
-        if done.returncode and b'not a git repository' in done.stderr and not self.throwaway:
-            self.use_throwaway()
+        if done.returncode and b'not a git repository' in done.stderr and 'GIT_DIR' not in self.environment:
+            self.use_empty_repository()
             return self.run(*words, given=given)
         if done.returncode > 1:         # 1 is how check-ignore says none
             raise Stop('git cannot say what to leave out of %s: %s; mend that, or use --no-gitignore'
@@ -744,21 +743,16 @@ class Git:
                     raise BrokenPipeError
                 answer += more
         except OSError:
-            self.end_asking()
+            self.close()
             return False
         pattern = answer.split(b'\0')[2]
         return (bool(pattern) and not pattern.startswith(b'!')
                 and not self.run('ls-files', '-z', '--', ':(literal)' + path))      # what holds tracked files
 
-    def end_asking(self) -> None:
+    def close(self) -> None:
         if self.asking:
             with self.asking:           # closes its pipes, and waits for it
                 self.asking = None
-
-    def close(self) -> None:
-        self.end_asking()
-        if self.throwaway:
-            self.throwaway.cleanup()
 
 
 class LeftOut:
@@ -2625,8 +2619,8 @@ class Replica:
             if common > BULK_BYTES and self.can[2] != '-':
                 import hashlib
                 blocks = common // block
-                self.far.send('base', (job.name, str(blocks), str(block)), [wire(path)], (),
-                              lambda *answer: answers.append(answer))
+                words = job.name, str(blocks), str(block), str(blocks * block)
+                self.far.send('base', words, [wire(path)], (), lambda *answer: answers.append(answer))
                 while not answers:
                     yield False
                 code, said, values = answers[0]
