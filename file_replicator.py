@@ -63,7 +63,7 @@ __version__ = '1.0'
 #     rest                             0                              removes it
 #     file    umask mode time name     1, the file's or none          replaces a file, in one rename
 #     part    where name               0, a part of a large file      goes to a staged file
-#     base    name blocks size         1                              stages what stands there, says its sums
+#     base    name blocks size bytes   1                              stages what stands there, says its sums
 #     drop    name                     0                              forgets a staged file
 #     dir     umask                    1                              makes a directory
 #     link    time                     2: its target and a dot, path  replaces a symbolic link
@@ -84,10 +84,6 @@ RECEIVER = r'''# What file_replicator.py runs on the far side: functions only; o
 # The rules it keeps: no byte of the stream is left over or taken too much, whatever fails; nothing outside
 # the replica is written; nothing is put in place before its last byte is here. A process costs half a
 # millisecond, a builtin a hundredth of that, so the common paths are mostly builtins.
-
-# Answers record $1: 0 done, 1 failed (why stands in the lines before), 2 the far side is not as it was
-# listed, 3 done, but for the mode or the time.
-answer() { echo "$nonce $1 $2"; }
 
 # Says why this session cannot go on, and ends it.
 stop() { echo "$nonce stop $1"; exit 1; }
@@ -119,13 +115,13 @@ get() {
 # at a short read, and short reads are the normal case behind ssh and docker; so probe picks one that is exact
 # here.
 take() {
+  [ "$1" != 0 ] || return 0
   case $taker in
     1) dd ibs=65536 obs=65536 count="$1" iflag=count_bytes,fullblock status=none ;;
-    2) dd ibs=65536 obs=65536 count="$1" iflag=count_bytes,fullblock 2>/dev/null ;;
-    3) head -c "$1" ;;
-    4) dd ibs=65536 obs=65536 count=$(($1 / 65536)) iflag=fullblock 2>/dev/null
-       [ $(($1 % 65536)) = 0 ] || dd ibs=$(($1 % 65536)) obs=65536 count=1 iflag=fullblock 2>/dev/null ;;
-    5) dd ibs=65536 obs=65536 count="$1" iflag=count_bytes 2>/dev/null ;;
+    2) head -c "$1" ;;
+    3) dd ibs=65536 obs=65536 count=$(($1 / 65536)) iflag=fullblock 2>/dev/null && {
+         [ $(($1 % 65536)) = 0 ] || dd ibs=$(($1 % 65536)) obs=65536 count=1 iflag=fullblock 2>/dev/null; } ;;
+    4) dd ibs=65536 obs=65536 count="$1" iflag=count_bytes 2>/dev/null ;;
     *) dd ibs=1 obs=65536 count="$1" 2>/dev/null ;;
   esac
 }
@@ -134,23 +130,23 @@ take() {
 # disk, a tar that gave up), the rest is passed over up to the marker: a file's bytes must never be taken for
 # records. A connection that ends here ends the session, so half a record is never acted on.
 settle() {
-  IFS= read -r line || leave
-  [ "$line" != "$nonce." ] || return 0
-  while :; do
-    case $line in *"$nonce.") return 1 ;; esac
-    IFS= read -r line || leave
+  [ "$length" != 0 ] || return 0
+  passed=0
+  while IFS= read -r line || leave; do
+    case $line in "$nonce.") return $passed ;; *"$nonce.") return 1 ;; esac
+    passed=1
   done
 }
 
 # Passes over the bytes of a record that cannot be used.
-skip() { [ "$length" = 0 ] || { take "$length" >/dev/null; settle; }; }
+skip() { take "$length" >/dev/null; settle; }
 
 # Appends the bytes of this record to the file $1. True if all of them are there.
 store() {
   opened='' took=''
-  { opened=1; if [ "$length" = 0 ] || take "$length"; then took=1; fi; } >>"$1"
+  { opened=1; take "$length" && took=1; } >>"$1"
   [ -n "$opened" ] || { skip; return 1; }
-  { [ "$length" = 0 ] || settle; } && [ -n "$took" ]
+  settle && [ -n "$took" ]
 }
 
 # True if everything above the path $1 is a directory and none of it a link: nothing is written, moved or
@@ -159,11 +155,9 @@ store() {
 solid() {
   above=${1%/*}
   [ "$above" != "$checked" ] || return 0
-  walked=. rest=${above#.}
+  walked=. rest=${above#./}/
   while [ -n "$rest" ]; do
-    rest=${rest#/}
-    walked=$walked/${rest%%/*}
-    case $rest in */*) rest=/${rest#*/} ;; *) rest= ;; esac
+    walked=$walked/${rest%%/*} rest=${rest#*/}
     if [ -h "$walked" ] || [ ! -d "$walked" ]; then echo "what is above it is no directory"; return 1; fi
   done
   checked=$above
@@ -173,13 +167,11 @@ solid() {
 stands() { [ -e "$1" ] || [ -h "$1" ]; }
 
 # Makes way at $1 for what is no directory: mv and ln would go into a directory, or through a link to one.
-clear_way() {
-  if [ -h "$1" ]; then rm -f "$1"; elif [ -d "$1" ]; then rmdir "$1"; fi
-}
+clear_way() { [ ! -d "$1" ] || if [ -h "$1" ]; then rm -f "$1"; else rmdir "$1"; fi; }
 
 # Puts the staged $1 at $2, in one rename. A file that is a mount point cannot be renamed over: it is written.
 put() {
-  ! [ -d "$2" ] || clear_way "$2" || { rm -f "$1"; return 1; }
+  clear_way "$2" || { rm -f "$1"; return 1; }
   mv -f "$1" "$2" 2>/dev/null && return
   said=$(mv -f "$1" "$2" 2>&1) && return
   case $said in *[Bb]usy*) [ -f "$2" ] && [ ! -h "$2" ] && cat "$1" >"$2" && rm -f "$1" && return ;; esac
@@ -230,9 +222,9 @@ do_part() {
   return 1
 }
 
-# base NAME BLOCKS SIZE: stages what stands at the path as NAME, BLOCKS blocks of SIZE bytes, and says each
-# one's sum. The sums are of the bytes as they were staged, so a change over there meanwhile cannot be patched
-# wrongly.
+# base NAME BLOCKS SIZE BYTES: stages what stands at the path as NAME, BLOCKS blocks of SIZE bytes, BYTES in
+# all, and says each one's sum. The sums are of the bytes as they were staged, so a change over there meanwhile
+# cannot be patched wrongly; neither can what a full disk left out.
 do_base() {
   solid "$1" && [ -f "$1" ] && [ ! -h "$1" ] || return 2
   umask 077
@@ -242,19 +234,19 @@ do_base() {
     take "$w3" | tee -a "$stage/$w1" | "$sum"
     blocks=$((blocks - 1))
   done <"$1"
+  [ "$(stat -c %s "$stage/$w1")" = "$w4" ]
 }
 
 # drop NAME: forgets the staged file NAME.
 do_drop() { rm -f "$stage/$w1"; }
 
-# dir UMASK: makes directories. What is in the way and is none goes.
+# dir UMASK: makes a directory. What is in the way and is none goes.
 do_dir() {
+  solid "$1" || return 2
   umask "$w1"
-  for p; do
-    solid "$p" || return 2
-    if [ -h "$p" ] || { [ -e "$p" ] && [ ! -d "$p" ]; }; then rm -f "$p" || return 1; fi
-    [ -d "$p" ] || mkdir "$p" || return 1
-  done
+  [ ! -h "$1" ] && [ -d "$1" ] && return
+  ! stands "$1" || rm -f "$1" || return 1
+  mkdir "$1"
 }
 
 # link TIME: the first path, less the dot at its end, is where the second shall lead.
@@ -270,7 +262,7 @@ do_meta() {
   for p; do
     solid "$p" && stands "$p" || return 2
     [ "$w1" = - ] || [ ! -h "$p" ] || return 2
-    [ "$p" != . ] || root_time=$w2
+    [ "$p" != . ] || [ "$w2" = - ] || root_time=$w2
   done
   stamp "$w1" "$w2" "$@"
 }
@@ -279,7 +271,7 @@ do_meta() {
 do_remove() {
   for p; do
     shift
-    if solid "$p" >/dev/null && stands "$p"; then set -- "$@" "$p"; fi
+    ! solid "$p" >/dev/null || set -- "$@" "$p"
   done
   [ $# = 0 ] || rm -f "$@"
 }
@@ -297,8 +289,7 @@ do_rmdir() {
 # move: the first path becomes the second, with all that is in it.
 do_move() {
   solid "$1" && solid "$2" && stands "$1" || return 2
-  ! [ -d "$2" ] || clear_way "$2" || return 1
-  mv -f "$1" "$2"
+  clear_way "$2" && mv -f "$1" "$2"
 }
 
 # bulk KIND: an archive (tar), or lines that write the same files (script), of b/1/..., b/2/...: what is in
@@ -320,9 +311,8 @@ do_bulk() {
   number=0 failed=0
   for p; do
     number=$((number + 1))
-    into "$p" "$stage/b/$number"/* || failed=1
-    into "$p" "$stage/b/$number"/.[!.]* || failed=1
-    into "$p" "$stage/b/$number"/..?* || failed=1
+    made=$stage/b/$number
+    { into "$p" "$made"/* && into "$p" "$made"/.[!.]* && into "$p" "$made"/..?*; } || failed=1
   done
   rm -rf "$stage/b" "$stage/s"
   return $failed
@@ -369,7 +359,7 @@ do_rest() {
 # probe: makes the staging and says what this side can do, found out by use.
 do_probe() {
   do_stage || return 1
-  for taker in 1 2 3 4 5 6; do
+  for taker in 1 2 3 4 5; do
     dd if=/dev/zero bs=70001 count=1 2>/dev/null | { take 70000 2>/dev/null | wc -c; wc -c; } |
       { read -r a && read -r b && [ "$a$b" = 700001 ]; } && break
   done
@@ -445,7 +435,7 @@ main() {
   newline='
 '
   IFS=" $newline"
-  set +e +u +C
+  set +e +f +u +C
   LC_ALL=C
   export LC_ALL
   unset CDPATH TAR_OPTIONS
@@ -499,7 +489,9 @@ main() {
     [ -z "$staged" ] || [ -d "$stage" ] || stop "its staging was taken away"
     checked='' temp=''
     "do_$verb" "$@"
-    answer "$id" $?
+    code=$?
+    [ "$code" -lt 4 ] || code=1         # of a tool that was killed, or is not there
+    echo "$nonce $id $code"
   done
   leave
 }
@@ -594,8 +586,8 @@ class Tree:
         if names is None:
             return
         if path in self.folders and (entry is None or entry.kind != 'd'):
-            for gone in [path, *(below for below in self.below(path) if below in self.folders)]:
-                del self.folders[gone]
+            for gone in [path, *self.below(path)]:
+                self.folders.pop(gone, None)
         if entry is None:
             names.pop(name, None)
         else:
@@ -605,19 +597,14 @@ class Tree:
 
     def below(self, top: str) -> Iterator[str]:
         """Every path below a directory, sorted within each, what is above before what is in it."""
-        stack = [iter(sorted(self.folders.get(top, ())))]
-        prefixes = [top + '/' if top else '']
+        stack = [top]
         while stack:
-            name = next(stack[-1], None)
-            if name is None:
-                stack.pop()
-                prefixes.pop()
-                continue
-            path = prefixes[-1] + name
-            yield path
+            path = stack.pop()
+            if path != top:
+                yield path
             if path in self.folders:
-                stack.append(iter(sorted(self.folders[path])))
-                prefixes.append(path + '/')
+                prefix = path + '/' if path else ''
+                stack += [prefix + name for name in sorted(self.folders[path], reverse=True)]
 
     def move(self, old: str, new: str) -> None:
         """Renames, with all that is below."""
@@ -650,73 +637,69 @@ def shown(path: str) -> str:
 def pattern_regex(pattern: str) -> Tuple[Pattern, bool]:
     """The expression that whole paths match, and whether only directories do. Raises ValueError for an empty
     one."""
-    only_directories = pattern.endswith('/')
-    body = pattern.rstrip('/')
-    anchored = '/' in body
-    body = body.lstrip('/')
-    if not body:
-        raise ValueError('an empty pattern')
-    out, i = '', 0
-    while i < len(body):
-        c = body[i]
-        if body.startswith('**/', i) and (i == 0 or body[i - 1] == '/'):
-            out, i = out + '(?:.*/)?', i + 3
-        elif body.startswith('**', i):
-            out, i = out + '.*', i + 2
-        elif c == '[' and ']' in body[i + 2:]:
-            end = body.index(']', i + 2)
-            inside = body[i + 1:end].replace('\\', '\\\\').replace('[', '\\[')
+    def expression(found) -> str:
+        if found[1]:
+            inside = found[1].replace('\\', '\\\\').replace('[', '\\[')
             if inside[0] in '!^':
                 inside = '^/' + inside[1:]
-            out, i = out + '(?!/)[' + inside + ']', end + 1
-        else:
-            out, i = out + {'*': '[^/]*', '?': '[^/]'}.get(c, re.escape(c)), i + 1
-    return re.compile(('' if anchored else '(?:.*/)?') + out, re.DOTALL), only_directories
+            return '(?!/)[' + inside + ']'
+        special = {'**/': '(?:.*/)?', '**': '.*', '*': '[^/]*', '?': '[^/]'}
+        return special.get(found[0]) or re.escape(found[0])
+
+    body = pattern.strip('/')
+    if not body:
+        raise ValueError('an empty pattern')
+    # a **/ that begins a name, others, and a class, whose first character may be ]
+    out = re.sub(r'(?s)(?<![^/])\*\*/|\*\*|\[(.[^]]*)\]|.', expression, body)
+    anchored = '/' in pattern.rstrip('/')
+    return re.compile(('' if anchored else '(?:.*/)?') + out, re.DOTALL), pattern.endswith('/')
+
+
+@functools.lru_cache(maxsize=None)
+def empty_repository() -> str:
+    """Git reads a .gitignore only where there is a repository: this is one, elsewhere, until we end."""
+    import atexit
+    import shutil
+    import tempfile
+    top = tempfile.mkdtemp(prefix='file_replicator.git.')
+    atexit.register(shutil.rmtree, top, True)
+    for name in ('objects', 'refs'):
+        os.mkdir(os.path.join(top, name))
+    with open(os.path.join(top, 'HEAD'), 'w') as file:
+        file.write('ref: refs/heads/none\n')
+    return top
 
 
 class Git:
-    """Asks git what it ignores in one work tree, or in a directory that is in none."""
+    """What git ignores in one work tree, or in a directory that is in none, as rules and index are now."""
 
     def __init__(self, top: str):
         self.top = os.path.abspath(top)
         self.environment = {name: value for name, value in os.environ.items()
                             if not name.startswith('GIT_') or name == 'GIT_CONFIG_GLOBAL'}
         self.environment['LC_ALL'] = 'C'
-        self.throwaway: Optional[str] = None
-        # the directories between here and the top of the work tree, which have rules too
-        self.above: List[str] = []
         self.asking: Optional[subprocess.Popen] = None
-        self.directory = self.find_git_directory()
-        if self.directory is None:
-            self.use_throwaway()
+        self.above: List[str] = []      # from here to the top of the work tree: they have rules too
+        self.directory = self.find_directory()
+        if not self.directory:
+            self.use_empty_repository()
 
-    def find_git_directory(self) -> Optional[str]:
-        at = self.top
-        while True:
+    def find_directory(self) -> str:
+        """Git's own directory of this work tree; '' if there is none."""
+        at, below = self.top, ''
+        while at != below:
             git = os.path.join(at, '.git')
             if os.path.isdir(git):
                 return git
             if os.path.isfile(git):         # a linked work tree or a submodule
-                with open(git, errors='surrogateescape') as file:
+                with contextlib.suppress(OSError), open(git, errors='surrogateescape') as file:
                     return os.path.join(at, file.read().partition('gitdir: ')[2].strip())
-            if at == os.path.dirname(at):
-                self.above.clear()
-                return None
-            at = os.path.dirname(at)
+            at, below = os.path.dirname(at), at
             self.above.append(at)
+        return ''
 
-    def use_throwaway(self) -> None:
-        """Git reads a .gitignore only where there is a repository: here is an empty one, elsewhere."""
-        import atexit
-        import shutil
-        import tempfile
-        self.throwaway = tempfile.mkdtemp(prefix='file_replicator.git.')
-        atexit.register(shutil.rmtree, self.throwaway, True)
-        for name in ('objects', 'refs'):
-            os.mkdir(os.path.join(self.throwaway, name))
-        with open(os.path.join(self.throwaway, 'HEAD'), 'w') as file:
-            file.write('ref: refs/heads/none\n')
-        self.environment.update(GIT_DIR=self.throwaway, GIT_WORK_TREE=self.top)
+    def use_empty_repository(self) -> None:
+        self.environment.update(GIT_DIR=empty_repository(), GIT_WORK_TREE=self.top)
 
     def run(self, *words: str, given: bytes = b'') -> bytes:
         try:
@@ -725,8 +708,8 @@ class Git:
         except OSError as error:
             raise Stop('cannot run git, which says what to leave out: %s; install it, or use --no-gitignore'
                        % error.strerror)
-        if done.returncode and b'not a git repository' in done.stderr and not self.throwaway:
-            self.use_throwaway()
+        if done.returncode and b'not a git repository' in done.stderr and 'GIT_DIR' not in self.environment:
+            self.use_empty_repository()
             return self.run(*words, given=given)
         if done.returncode > 1:         # 1 is how check-ignore says none
             raise Stop('git cannot say what to leave out of %s: %s; mend that, or use --no-gitignore'
@@ -737,52 +720,42 @@ class Git:
         """What git leaves out, relative to the top ('.'); of an ignored directory that holds nothing tracked
         only itself. ls-files also names directories that hold only ignored files, and are not ignored: so it
         is asked again."""
-        self.close()                    # its index and rules are those of when it was started
         out = self.run('ls-files', '-z', '--others', '--ignored', '--exclude-standard', '--directory')
-        out = out.split(b'\0')[:-1]
-        directories = [path.rstrip(b'/') for path in out if path.endswith(b'/')]
+        paths = out.split(b'\0')[:-1]
+        directories = b'\0'.join(path[:-1] for path in paths if path.endswith(b'/'))
         if directories:
-            given = b'\0'.join(directories)
-            really = set(self.run('check-ignore', '--no-index', '-z', '--stdin', given=given).split(b'\0'))
-            out = [path for path in out if not path.endswith(b'/') or path.rstrip(b'/') in really]
-        return (os.fsdecode(path).rstrip('/') for path in out)
+            out = self.run('check-ignore', '--no-index', '-z', '--stdin', given=directories)
+            really = set(out.split(b'\0'))
+            paths = [path for path in paths if not path.endswith(b'/') or path[:-1] in really]
+        return (os.fsdecode(path).rstrip('/') for path in paths)
 
-    def ignores(self, paths: List[str]) -> List[bool]:
-        """Whether git leaves out each of these new paths, relative to the top: one process answers all
-        through."""
-        answers: List[bool] = []
+    def ignores(self, path: str) -> bool:
+        """Whether git leaves out a new path, relative to the top: one process answers all through. It ends at
+        a path in a submodule, or behind a link: those are not its to judge."""
+        answer = b''
         try:
             if self.asking is None:
                 self.asking = subprocess.Popen(
                     ['git', '-C', self.top, 'check-ignore', '-z', '--stdin', '--verbose', '--non-matching'],
                     env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL)
-            for path in paths:
-                self.asking.stdin.write(os.fsencode(path) + b'\0')
-                self.asking.stdin.flush()
-                answer, fields = b'', 0
-                while fields < 4:       # source, line, pattern, path
-                    answer += self.asking.stdout.read1(65536) or b'\0\0\0\0'
-                    fields = answer.count(b'\0')
-                pattern = answer.split(b'\0')[2]
-                matched = bool(pattern) and not pattern.startswith(b'!')
-                if matched and self.run('ls-files', '-z', '--', ':(literal)' + path):
-                    matched = False     # it holds what is tracked
-                answers.append(matched)
-        # it ends at a path in a submodule, or behind a link: those are not its to judge
+                    stderr=subprocess.DEVNULL, bufsize=0)
+            self.asking.stdin.write(os.fsencode(path) + b'\0')
+            while answer.count(b'\0') < 4:      # source, line, pattern, path
+                more = self.asking.stdout.read(65536)
+                if not more:
+                    raise BrokenPipeError
+                answer += more
         except OSError:
-            pass
-        if len(answers) < len(paths) or self.asking.poll() is not None:
             self.close()
-        return answers + [False] * (len(paths) - len(answers))
+            return False
+        pattern = answer.split(b'\0')[2]
+        return (bool(pattern) and not pattern.startswith(b'!')
+                and not self.run('ls-files', '-z', '--', ':(literal)' + path))      # what holds tracked files
 
     def close(self) -> None:
         if self.asking:
-            with contextlib.suppress(OSError):      # what it did not read any more
-                self.asking.stdin.close()
-            self.asking.stdout.close()
-            self.asking.wait()
-            self.asking = None
+            with self.asking:           # closes its pipes, and waits for it
+                self.asking = None
 
 
 class LeftOut:
@@ -790,7 +763,6 @@ class LeftOut:
 
     def __init__(self, root: str, patterns: Sequence[str], ask_git: bool):
         self.root = root
-        self.never: Set[str] = set()        # left out whatever the rules: our own log file
         self.patterns = [(pattern, *pattern_regex(pattern)) for pattern in patterns]
         self.ask_git = ask_git
         self.git: Dict[str, Git] = {}       # the top of each work tree below the root: what knows it
@@ -800,19 +772,18 @@ class LeftOut:
     def refresh(self) -> bool:
         """Asks git anew about everything. True if the answer is another than before. Raises Stop."""
         before, self.ignored = self.ignored, set()
+        tops = list(self.git) or ['']
+        self.close()
         if self.ask_git and self.has_git:
-            for top in list(self.git) or ['']:
+            for top in tops:
                 if not top or os.path.lexists(os.path.join(self.root, top, '.git')):
                     self.add_work_tree(top)
-                else:
-                    self.git.pop(top).close()
         if '.' in self.ignored:
             raise Stop('git ignores all of %s; --no-gitignore replicates it' % shown(self.root))
         return before != self.ignored
 
     def add_work_tree(self, top: str) -> None:
-        git = self.git.get(top) or Git(os.path.join(self.root, top))
-        self.git[top] = git
+        git = self.git[top] = Git(os.path.join(self.root, top))
         self.ignored.update((top + '/' + path if top else path) for path in git.ignored())
 
     def check_git(self, path: str) -> None:
@@ -823,36 +794,28 @@ class LeftOut:
 
     def enter(self, directory: str, names: Collection[str]) -> None:
         """Takes note of a directory's own repository. Raises Stop."""
-        if self.ask_git and self.has_git and directory and '.git' in names and directory not in self.git:
+        if self.git and '.git' in names and directory not in self.git:
             self.add_work_tree(directory)
-
-    def excludes(self, path: str, is_directory: bool) -> bool:
-        """By pattern. RACE: none, patterns never change."""
-        return any(regex.fullmatch(path) and (is_directory or not only_directories)
-                   for _, regex, only_directories in self.patterns)
 
     def __call__(self, path: str, is_directory: bool) -> bool:
         """Whether a path is left out, as far as git was last asked."""
-        return (path in self.ignored or path in self.never
-                or self.ask_git and (path == '.git' or path.endswith('/.git'))
-                or bool(self.patterns) and self.excludes(path, is_directory))
+        if path in self.ignored or self.ask_git and (path == '.git' or path.endswith('/.git')):
+            return True
+        for _, regex, only_directories in self.patterns:
+            if (is_directory or not only_directories) and regex.fullmatch(path):
+                return True
+        return False
 
     def ask(self, paths: List[str], gone: bool = False) -> None:
         """Asks git about paths it was not asked about before. Of those that are gone here (they stand over
         there) git cannot tell a directory from a file, but it can for what would be in it."""
-        if not self.git:
-            return
-        tops = sorted(self.git, key=len, reverse=True)
-        by_top: Dict[str, List[str]] = {}
-        for path in paths:
-            top = next(top for top in tops if not top or path.startswith(top + '/'))
-            by_top.setdefault(top, []).append(path)
-        for top, group in by_top.items():
-            inside = [path[len(top) + 1:] if top else path for path in group]
-            self.ignored.update(path for path, out in zip(group, self.git[top].ignores(inside)) if out)
-            if gone:
-                probes = [path + '/.' + '\x7f' for path in inside]
-                self.ignored.update(path for path, out in zip(group, self.git[top].ignores(probes)) if out)
+        for path in paths if self.git else ():
+            top = parent(path)
+            while top not in self.git:
+                top = parent(top)
+            inside = path[len(top) + 1:] if top else path
+            if self.git[top].ignores(inside) or gone and self.git[top].ignores(inside + '/.\x7f'):
+                self.ignored.add(path)
 
     def within(self, path: str) -> bool:
         """Whether a path or anything above it is left out: for paths that stand only over there."""
@@ -872,8 +835,8 @@ class LeftOut:
         return words
 
     def close(self) -> None:
-        for git in self.git.values():
-            git.close()
+        while self.git:
+            self.git.popitem()[1].close()
 
 
 # ==== 4. Look: what stands here, and where to look again ====================================================
@@ -1030,7 +993,7 @@ class Source:
             if directory.startswith('\0'):          # git's own directory, or one above the root
                 self.rules_changed = self.rules_changed or name in ('index', 'exclude', '.gitignore')
                 continue
-            if name == '.gitignore' and self.left_out.ask_git:
+            if name in ('.gitignore', '.git') and self.left_out.ask_git:
                 self.rules_changed = True
             path = (directory + '/' + name if directory else name) if name else directory
             if name and self.left_out(path, bool(mask & flags.ISDIR)):
@@ -1184,7 +1147,7 @@ class Source:
         not there."""
         stack = [top]
         tick = 0
-        choosy = self.left_out.ask_git or bool(self.left_out.patterns or self.left_out.never)
+        choosy = self.left_out.ask_git or bool(self.left_out.patterns)
         while stack:
             directory = stack.pop()
             prefix = directory + '/' if directory else ''
@@ -1510,8 +1473,7 @@ def seconds_of(mtime_ns: int, fine: bool) -> str:
     """A time as touch takes it behind an @."""
     if not fine or mtime_ns % 10**9 == 0:
         return str(mtime_ns // 10**9)
-    whole, fraction = divmod(abs(mtime_ns), 10**9)
-    return '%s%d.%09d' % ('-' * (mtime_ns < 0), whole, fraction)
+    return '%s%d.%09d' % ('-' * (mtime_ns < 0), *divmod(abs(mtime_ns), 10**9))
 
 
 def umask_for(mode: int) -> str:
@@ -1520,59 +1482,55 @@ def umask_for(mode: int) -> str:
 
 
 Member = Tuple[bytes, Entry, bytes]     # a name in the staging, what it is, its bytes
+
+
+def tar_header(kind: bytes, name: bytes, size: int, mode: int = 0o644, mtime: int = 0,
+               target: bytes = b'') -> bytes:
+    fields = b'%07o\0000000000\0000000000\0%011o\0%011o\0' % (mode, size, mtime)
+    check = sum(name + fields + kind + target) + 879    # the last field, and blanks for this one
+    return b'%s%s%s%06o\0 %s%s%sustar  \0%s' % (name, bytes(100 - len(name)), fields, check, kind, target,
+                                               bytes(100 - len(target)), bytes(247))
+
+
 TAR_KINDS = {'f': b'0', 'd': b'5', 'l': b'2'}
+PAX_TIME = b'30 mtime=%010d.%09d\n'     # it begins with its own length
+PAX_HEADER = tar_header(b'x', b'pax', 30)
 
 
 def archive(members: Iterable[Member]) -> bytes:
     """A tar archive that GNU's, busybox's and toybox's tar read alike: ustar headers, GNU's long names, and
-    the fraction of a time as a PAX record, which those that do not know it skip. Python's tarfile takes ten
-    times as long."""
+    the fraction of a time as a PAX record, which those that do not know it skip. Times are from 1970 on, and
+    of at most ten digits in seconds. Python's tarfile takes twenty times as long."""
     out: List[bytes] = []
     for name, entry, data in members:
-        target = os.fsencode(entry.target) if entry.target else b''
+        target = os.fsencode(entry.target)
         for kind, text in ((b'L', name), (b'K', target)):
             if len(text) > 100:
-                out += tar_header(kind, b'././@LongLink', len(text) + 1), in_blocks(text + b'\0')
+                out += tar_header(kind, b'././@LongLink', len(text) + 1), text, bytes(512 - len(text) % 512)
         seconds, fraction = divmod(entry.mtime_ns or 0, 10**9)
-        if fraction:                    # the line begins with its own length, which always has two digits
-            line = b' mtime=%d.%09d\n' % (seconds, fraction)
-            out += tar_header(b'x', b'pax', len(line) + 2), in_blocks(b'%d%s' % (len(line) + 2, line))
-        what = TAR_KINDS[entry.kind], name[:100], len(data), entry.mode, seconds, target[:100]
-        out += tar_header(*what), in_blocks(data)
-    return b''.join(out) + bytes(1024)
-
-
-@functools.lru_cache(maxsize=16)        # PAX headers are all alike
-def tar_header(kind: bytes, name: bytes, size: int, mode: int = 0o644, mtime: int = 0,
-               target: bytes = b'') -> bytes:
-    middle = b'%07o\0000000000\0000000000\0%011o\0%011o\0' % (mode, size, mtime)
-    check = sum(name) + sum(middle) + sum(kind) + sum(target) + 879     # the last field, blanks for this one
-    return b''.join((name.ljust(100, b'\0'), middle, b'%06o\0 ' % check, kind, target.ljust(100, b'\0'),
-                     b'ustar  \0', bytes(247)))
-
-
-def in_blocks(data: bytes) -> bytes:
-    return data + bytes(-len(data) % 512)
+        if fraction:
+            out += PAX_HEADER, PAX_TIME % (seconds, fraction), bytes(482)
+        out += (tar_header(TAR_KINDS[entry.kind], name[:100], len(data), entry.mode, seconds, target[:100]),
+                data, bytes(-len(data) % 512))
+    out.append(bytes(1024))
+    return b''.join(out)
 
 
 def script(members: Iterable[Member], fine: bool) -> bytes:
     """The same for a far side without tar: lines that its shell reads. Names and bytes stand in single
     quotes."""
     lines: List[bytes] = []
-    modes: Dict[bytes, List[bytes]] = {}
-    times: Dict[bytes, List[bytes]] = {}
     directories: List[bytes] = []
+    groups: Dict[bytes, List[bytes]] = {}       # command: the names it is for
 
-    def many(command: bytes, names: List[bytes]) -> None:
-        for i in range(0, len(names), LIST_PATHS):
-            lines.append(b'%s %s || failed=1\n' % (command, b' '.join(names[i:i + LIST_PATHS])))
+    def many(command: bytes, names: List[bytes]) -> List[bytes]:
+        return [b'%s %s || failed=1\n' % (command, b' '.join(names[i:i + LIST_PATHS]))
+                for i in range(0, len(names), LIST_PATHS)]
 
     for name, entry, data in members:
-        quoted = b"'" + name.replace(b"'", b"'\\''") + b"'"
+        quoted = b"'%s'" % name.replace(b"'", b"'\\''")
         if entry.kind == 'd':
             directories.append(quoted)
-            if entry.mode != 0o755:
-                modes.setdefault(b'%04o' % entry.mode, []).append(quoted)
         elif entry.kind == 'l':
             target = os.fsencode(entry.target).replace(b"'", b"'\\''")
             lines.append(b"ln -s -- '%s' %s || failed=1\n" % (target, quoted))
@@ -1582,18 +1540,13 @@ def script(members: Iterable[Member], fine: bool) -> bytes:
             if data.startswith(b'-'):
                 data = b'\\055' + data[1:]
             lines.append(b"printf '%s' >%s || failed=1\n" % (data, quoted))
-            if entry.mode != 0o644:
-                modes.setdefault(b'%04o' % entry.mode, []).append(quoted)
+        if entry.mode != {'d': 0o755, 'f': 0o644, 'l': 0o777}[entry.kind]:
+            groups.setdefault(b'chmod %04o' % entry.mode, []).append(quoted)
         if entry.mtime_ns is not None:
-            times.setdefault(seconds_of(entry.mtime_ns, fine).encode(), []).append(quoted)
-    body, lines = lines, []
-    many(b'mkdir', directories)
-    lines += body
-    for mode, names in modes.items():
-        many(b'chmod ' + mode, names)
-    for when, names in times.items():
-        many(b'"$touch" -h -d @' + when, list(reversed(names)))
-    return b''.join(lines)
+            when = seconds_of(entry.mtime_ns, fine).encode()
+            groups.setdefault(b'"$touch" -h -d @' + when, []).append(quoted)
+    return b''.join([*many(b'mkdir', directories), *lines,
+                     *(line for group in groups.items() for line in many(*group))])
 
 
 # ==== 7. Connection =========================================================================================
@@ -2692,8 +2645,8 @@ class Replica:
         block = BLOCK * -(-common // (BLOCK * 256))
         blocks = common // block
         answers: List[Tuple[int, str, List[str]]] = []
-        self.far.send('base', (job.name, str(blocks), str(block)), [wire(job.step.path)],
-                      done=lambda *answer: answers.append(answer))
+        words = job.name, str(blocks), str(block), str(blocks * block)
+        self.far.send('base', words, [wire(job.step.path)], done=lambda *answer: answers.append(answer))
         while not answers:
             yield 0
         code, _, values = answers[0]
@@ -2841,7 +2794,7 @@ def replicate(options: Options) -> int:
     left_out = LeftOut(options.source, options.excludes, options.gitignore)
     log_file = os.path.relpath(os.path.realpath(options.log_file), os.path.realpath(options.source))
     if options.log_file and not log_file.startswith('../'):
-        left_out.never.add(log_file)
+        left_out.patterns.append(('/' + log_file, re.compile(re.escape(log_file)), False))
         report.notice(log_file, 'is left out: it is our log file')
     watch = Watch(options.source, options.watch and not options.poll)
     source = Source(options.source, left_out, watch, report)
