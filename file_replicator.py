@@ -1612,21 +1612,21 @@ WHAT_IT_MAY_MEAN = {
     255: 'ssh could not connect or log in',
     0: 'it is no shell, or has nothing on its standard input: docker exec and kubectl exec need -i for that',
 }
-
-
-# What dd and tar say though all is well.
-CHATTER = r'\d+\+\d+ records |\d+ bytes .*copied|.*: (time stamp|implausibly old) |.*tar: b/[^:]*$'
+# what dd and tar say though all is well
+CHATTER = re.compile(r'\d+\+\d+ records |\d+ bytes .*copied|.*: (time stamp|implausibly old) |.*tar: b/[^:]*$')
+START = 'exec sh -c "$R" "$R"\n'
 
 
 class Connection:
     """A connection command, started, with the receiver sent to it. Raises Lost where it does not go on."""
 
     def __init__(self, command: Sequence[str], program: Callable[[str], str], report: 'Report'):
-        self.command, self.report = command, report
+        self.report = report
         self.nonce = os.urandom(6).hex()
         self.staging = '.file_replicator.' + self.nonce
         self.end = (self.nonce + '.\n').encode()
-        self.text = program(self.nonce).encode('utf-8', 'surrogateescape')
+        self.milestone = re.compile(('%s (?:(ready)(\r?)|listed|stop (.*))\n' % self.nonce).encode())
+        self.answer = re.compile(self.nonce + r' (?:(\d+) ([0-3])|\+ (.*)|stop (.*))$')
         self.out: Deque[memoryview] = collections.deque()
         self.flight: Deque[Sent] = collections.deque()
         self.number = self.bytes_in_flight = 0
@@ -1651,20 +1651,14 @@ class Connection:
         for fd in (self.stdin, self.stdout, self.stderr):
             os.set_blocking(fd, False)
         for fd in (self.stdin, self.stdout):
-            try:
+            with contextlib.suppress(OSError):
                 fcntl.fcntl(fd, 1031, PIPE_BYTES)       # F_SETPIPE_SZ, Linux only
-            except OSError:
-                pass
         self.started = self.moved = time.monotonic()
         # One command, complete before anything else is sent: dash and busybox sh read ahead on what they take
         # commands from, and would swallow the first records. sh -c also leaves behind the options and aliases
         # of the outer shell.
-        quoted = shlex.quote(self.text.decode('utf-8', 'surrogateescape'))
-        line = 'R=%s; PATH="${PATH-}:/usr/bin:/bin"; export PATH; exec sh -c "$R" "$R"\n' % quoted
-        self.write(line.encode('utf-8', 'surrogateescape'))
-
-    def write(self, data: bytes) -> None:
-        self.out.append(memoryview(data))
+        line = 'R=%s; PATH="${PATH-}:/usr/bin:/bin"; export PATH; ' % shlex.quote(program(self.nonce)) + START
+        self.out.append(memoryview(os.fsencode(line)))
 
     def send(self, verb: str, words: Sequence[str] = (), paths: Sequence[bytes] = (),
              payload: Sequence[bytes] = (),
@@ -1674,15 +1668,15 @@ class Connection:
         head = record(verb, self.number, words, paths, length)
         if self.report.options.debugging:
             self.report.debug('record', shown(os.fsdecode(head)))
+        now = time.monotonic()
         if not self.flight:
-            self.moved = time.monotonic()
-        self.flight.append(Sent(self.number, len(head) + length, time.monotonic(), verb, done))
+            self.moved = now
+        self.flight.append(Sent(self.number, len(head) + length, now, verb, done))
         self.bytes_in_flight += len(head) + length
+        pieces = [head, *payload, self.end] if length else [head]
         if length < BLOCK:              # one write for a small record
-            self.write(b''.join([head, *payload, self.end if length else b'']))
-        else:
-            for data in (head, *payload, self.end):
-                self.write(data)
+            pieces = [b''.join(pieces)]
+        self.out.extend(map(memoryview, pieces))
 
     def has_room(self) -> bool:
         """Whether more of the backlog may follow: little enough is on the way that a fresh edit need not wait
@@ -1705,26 +1699,18 @@ class Connection:
             else:
                 self.out[0] = self.out[0][count:]
         poll = select.poll()
-        poll.register(self.stdout, select.POLLIN)
-        if self.stderr >= 0:
-            poll.register(self.stderr, select.POLLIN)
+        for fd in (self.stdout, self.stderr, other):
+            if fd is not None:
+                poll.register(fd, select.POLLIN)
         if self.out:
             poll.register(self.stdin, select.POLLOUT)
-        if other is not None:
-            poll.register(other, select.POLLIN)
         limit = self.check_silence()
         wait = min(limit, seconds) if seconds is not None else limit
         for fd, _ in poll.poll(max(0, wait) * 1000 + (0.999 if wait > 0.001 else 0)):
             if fd == self.stderr:
                 self.hear_complaints()
             elif fd == self.stdout:
-                data = b''
-                try:
-                    data = os.read(self.stdout, PIPE_BYTES)
-                except BlockingIOError:
-                    continue
-                except OSError:
-                    pass
+                data = self.process.stdout.read(PIPE_BYTES)
                 if not data:
                     raise Lost(self.diagnosis())
                 self.moved = time.monotonic()
@@ -1733,84 +1719,71 @@ class Connection:
     def check_silence(self) -> float:
         """Seconds until the next check. Sends a heartbeat when nothing moved for a while. Raises Lost when
         something should have moved and did not. A remote hook may take as long as it likes."""
-        silent = time.monotonic() - self.moved
+        now = time.monotonic()
         if self.phase == 'starting':
-            limit = READY_SECONDS - (time.monotonic() - self.started)
-            if limit <= 0:
+            left = self.started + READY_SECONDS - now
+            if left <= 0:
                 raise Lost('no shell answered within %d seconds%s' % (READY_SECONDS, self.what_was_said()))
         elif self.flight and self.flight[0].verb == 'hook':
-            return 3600
+            left = 3600.0
         elif self.flight or self.out or self.phase == 'listing':
-            limit = SILENT_SECONDS - silent
-            if limit <= 0:
+            left = self.moved + SILENT_SECONDS - now
+            if left <= 0:
                 raise Lost('nothing moved for %d seconds' % SILENT_SECONDS)
         else:
-            limit = BEAT_SECONDS - silent
-            if limit <= 0:
+            left = self.moved + BEAT_SECONDS - now
+            if left <= 0:
                 self.send('beat')
-                return 0
-        return limit
+        return left
 
     def hear_complaints(self) -> None:
-        try:
-            data = os.read(self.stderr, 65536)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b''
-        if not data:
-            self.stderr = -1            # the object keeps the file; it is closed at the end
-        for line in data.decode(errors='replace').splitlines():
-            self.complaints.append(shown(line))
+        data = self.process.stderr.read(65536)
+        if data == b'':
+            self.stderr = None          # at its end; the object keeps the file
+        lines = lines_of(data or b'')
+        self.complaints.extend(lines)
+        for line in lines:
             self.report.debug('stderr', line)
 
     def hear(self, data: bytes) -> None:
+        # A milestone may have begun in what came before; none is as long as that.
+        since = max(0, len(self.heard) - 200)
         self.heard += data
-        if self.phase == 'starting':
-            ready = ('%s ready' % self.nonce).encode()
-            at = (b'\n' + self.heard).find(b'\n' + ready)
-            if at < 0 or len(self.heard) < at + len(ready) + 1:
-                self.hear_stop()
-                if b'exec sh -c "$R" "$R"' in self.heard:
-                    raise Lost('what answers is no shell: it gives back what it is sent')
-                return
-            if self.heard[at + len(ready)] != 10:
+        while self.phase != 'live':
+            found = self.milestone.search(self.heard, since)
+            echoed = found is None and self.phase == 'starting' and START.encode() in self.heard
+            if echoed and b'\r\n' not in self.heard:
+                raise Lost('what answers is no shell: it gives back what it is sent')
+            if echoed or found and found[2]:
                 raise Lost('the connection goes through a terminal, which changes bytes; leave out -t')
-            self.said = self.heard[:at].decode(errors='replace').splitlines()
-            self.heard[:at + len(ready) + 1] = b''
-            self.phase = 'listing'
-        if self.phase == 'listing':
-            end = ('%s listed\n' % self.nonce).encode()
-            at = self.heard.find(end, max(0, len(self.heard) - len(data) - len(end)))
-            if at < 0:
-                self.hear_stop()
+            if not found:
                 return
-            self.listing = os.fsdecode(bytes(self.heard[:at])).split(self.nonce + ' ')
-            self.heard = self.heard[at + len(end):]
-            processes = (line[8:].strip() for line in self.listing if line.startswith('process '))
-            self.process_there = next(processes, '-')
-            self.can = next((line[2:].strip() for line in self.listing[:2] if line.startswith('+ ')), '')
-            self.said = []
-            self.phase = 'live'
-        if b'\n' not in self.heard:
-            return
-        *lines, rest = self.heard.split(b'\n')
+            before, self.heard = self.heard[:found.start()], self.heard[found.end():]
+            since = 0
+            if found[3] is not None:
+                self.said = lines_of(before)
+                raise Lost(found[3].decode() + self.what_was_said())
+            if found[1]:
+                self.phase = 'listing'
+            else:
+                self.take_listing(os.fsdecode(bytes(before)).split(self.nonce + ' '))
+        lines, _, rest = self.heard.rpartition(b'\n')
         self.heard = rest
-        for line in lines:
+        for line in lines.decode(errors='surrogateescape').split('\n') if lines else ():
             self.hear_line(line)
 
-    def hear_stop(self) -> None:
-        """Raises Lost if the far side said that it cannot go on, before it was ready."""
-        at = self.heard.find(('%s stop ' % self.nonce).encode())
-        if at >= 0 and b'\n' in self.heard[at:]:
-            self.said = self.heard[:at].decode(errors='replace').splitlines()[-3:]
-            self.hear_line(bytes(self.heard[at:]).split(b'\n')[0])
+    def take_listing(self, listing: List[str]) -> None:
+        """What the far side says of itself comes first, see main in the receiver."""
+        first = dict(line.partition(' ')[::2] for line in listing[:3])
+        self.process_there = first.get('process', '-').strip()
+        self.can = first.get('+', '').strip()
+        self.listing = listing
+        self.phase = 'live'
 
-    def hear_line(self, line: bytes) -> None:
-        text = line.decode(errors='surrogateescape')
-        found = re.search(self.nonce + r' (?:(\d+) ([0-3])|\+ (.*)|stop (.*))$', text)
-        other = text[:found.start()] if found else text     # before an answer: a line that did not end
-        if other and not re.match(CHATTER, other):
+    def hear_line(self, line: str) -> None:
+        found = self.answer.search(line)
+        other = line[:found.start()] if found else line     # before an answer: a line that did not end
+        if other and not CHATTER.match(other):
             # The reason is for people: without the shell's name, its line, and the names we gave to temporary
             # files.
             reason = re.sub(r'^[^ ]*: (line )?\d+: ', '', other)
@@ -1825,15 +1798,17 @@ class Connection:
         elif self.flight and number == str(self.flight[0].number):
             sent = self.flight.popleft()
             self.bytes_in_flight -= sent.size
-            took = time.monotonic() - sent.when
             if sent.size > BLOCK:       # half a second on the way is the most a fresh edit should wait behind
-                self.window = max(BLOCK * 4, self.window * 3 // 4) if took > 0.5 else \
-                    min(WINDOW_BYTES * 4, self.window * 5 // 4) if took < 0.2 else self.window
+                took = time.monotonic() - sent.when
+                if took > 0.5:
+                    self.window = max(BLOCK * 4, self.window * 3 // 4)
+                elif took < 0.2:
+                    self.window = min(WINDOW_BYTES * 4, self.window * 5 // 4)
             said, self.said, values, self.values = self.said, [], self.values, []
             self.report.debug('answer', number, code, *said)
             sent.done(int(code), '; '.join(said), values)
         else:
-            raise Lost('the far side answers what nobody asked: %s' % shown(text))
+            raise Lost('the far side answers what nobody asked: %s' % shown(line))
 
     def entries(self) -> Iterator[Tuple[str, Entry, int]]:
         """What the far side listed: path, entry, number of the file system. What cannot be read is sent
@@ -1851,91 +1826,78 @@ class Connection:
                 else:
                     permissions = int(mode, 8)
                 seconds, _, fraction = when.partition('.')
-                mtime_ns = int(seconds) * 10**9
-                if fraction:
-                    part = int(fraction[:9].ljust(9, '0'))
-                    mtime_ns += part            # before 1970 too: the seconds are rounded down
-                yield path[2:], (Entry('f', permissions, int(size), mtime_ns) if kind == 'f' else
-                                 Entry('l', 0o777, 0, mtime_ns, target[:-2]) if kind == 'l' else
-                                 Entry(kind, permissions, 0, mtime_ns)), int(device)
+                # before 1970 too: the seconds are rounded down
+                mtime_ns = int(seconds) * 10**9 + int((fraction + '000000000')[:9])
+                if kind == 'l':
+                    entry = Entry(kind, 0o777, 0, mtime_ns, target[:-2])
+                else:
+                    entry = Entry(kind, permissions, int(size) if kind == 'f' else 0, mtime_ns)
+                yield path[2:], entry, int(device)
             except ValueError:
                 continue
 
     def sums(self) -> Tuple[str, Dict[str, str]]:
         """The tool the far side's sums are made with ('-' for none), and path: sum."""
-        for line in self.listing:
-            if line.startswith('sums '):
-                tool, *lines = line[5:].split('\n')
-                found = {}
-                for each in lines:
-                    value, _, path = each.partition('  ')
-                    if value.startswith('\\'):         # GNU's way to show a name with a newline or backslash
-                        value = value[1:]
-                        path = re.sub(r'\\(.)', lambda m: '\n' if m[1] == 'n' else m[1], path)
-                    found[path[2:]] = value
-                return tool, found
-        return '-', {}
+        tool, *lines = next((line[5:] for line in self.listing if line.startswith('sums ')), '-').split('\n')
+        found = {}
+        for line in lines:
+            value, _, path = line.partition('  ')
+            if value.startswith('\\'):          # GNU's way to show a name with a newline or backslash
+                value = value[1:]
+                path = re.sub(r'\\(.)', lambda m: '\n' if m[1] == 'n' else m[1], path)
+            found[path[2:]] = value
+        return tool, found
 
     def what_was_said(self) -> str:
-        lines = [line for line in (*self.said[-3:], *list(self.complaints)[-3:]) if line.strip()]
+        lines = [*self.said[-3:], *list(self.complaints)[-3:]]
         return ': ' + '; '.join(lines) if lines else ''
 
     def diagnosis(self) -> str:
         """Why the connection ended, as far as can be told."""
-        try:
-            status: Optional[int] = self.process.wait(1)
-        except subprocess.TimeoutExpired:
-            status = None
-        if self.stderr >= 0:
-            self.hear_complaints()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(1)
+        status = self.process.returncode
+        self.hear_complaints()
+        hint = ''
         if self.phase == 'starting':
-            try:
-                self.heard += os.read(self.stdout, PIPE_BYTES)
-            except OSError:
-                pass
-            self.said = [shown(line) for line in self.heard.decode(errors='replace').splitlines()]
+            self.said = lines_of(self.heard + (self.process.stdout.read(PIPE_BYTES) or b''))
+            hint = WHAT_IT_MAY_MEAN.get(status, '')
         said = self.what_was_said()
         if status is None:
             return 'the connection command closed its output' + said
         how = 'was killed by signal %d' % -status if status < 0 else 'ended with status %d' % status
-        hint = WHAT_IT_MAY_MEAN.get(status, '') if self.phase == 'starting' else ''
         return 'the connection command %s%s%s' % (how, said, ' (%s)' % hint if hint else '')
 
     def close(self) -> None:
-        """Ends the connection. The end of its input is what tells the receiver to clear up; then the rest is
-        ended."""
+        """Ends the connection. The end of its input is what tells the receiver to clear up; what is still
+        there after a while gets the signal that has it clear up, then the rest is ended."""
         self.process.stdin.close()
-        # What is still there after a while gets the signal that has the receiver clear up.
         for patience, number in ((0 if self.at_rest else 0.4, signal.SIGTERM), (0.4, signal.SIGKILL)):
             end = time.monotonic() + patience
-            while self.lives() and time.monotonic() < end:
-                with contextlib.suppress(OSError):
-                    if select.select([self.stdout], [], [], 0.02)[0] and not os.read(self.stdout, PIPE_BYTES):
-                        time.sleep(0.002)
-            self.kill(number)
+            while self.signal(0) and time.monotonic() < end:
+                self.process.stdout.read(PIPE_BYTES)    # who cannot write cannot end either
+                time.sleep(0.002)
+            self.signal(number)
         self.process.wait()
         self.process.stdout.close()
         self.process.stderr.close()
 
-    def lives(self) -> bool:
-        """Whether the connection command, or in a group of its own anything it started, is still there."""
-        if self.process.poll() is None or has_terminal():
-            return self.process.returncode is None
+    def signal(self, number: int) -> bool:
+        """Sends a signal (0: none) to the connection command, and where it has a group of its own to all that
+        it started. Whether any of them is there."""
+        lives = self.process.poll() is None
+        if has_terminal() and not lives:
+            return False                # its number may be another's by now
         try:
-            os.killpg(self.process.pid, 0)
+            os.kill(self.process.pid if has_terminal() else -self.process.pid, number)
             return True
-        except OSError:
-            return False
+        except OSError:                 # none, or sudo's, which is not ours to end
+            return lives
 
-    def kill(self, number: int) -> None:
-        """Ends the connection command, and where it has a group of its own all that it started."""
-        try:
-            if not has_terminal():
-                os.killpg(self.process.pid, number)
-            elif self.process.poll() is None:
-                self.process.send_signal(number)
-        except OSError:
-            pass
+
+def lines_of(data: bytes) -> List[str]:
+    """Somebody else's words for people, without blank lines."""
+    return [shown(line) for line in data.decode(errors='replace').splitlines() if line.strip()]
 
 
 @functools.lru_cache(maxsize=None)
