@@ -1613,7 +1613,8 @@ WHAT_IT_MAY_MEAN = {
     0: 'it is no shell, or has nothing on its standard input: docker exec and kubectl exec need -i for that',
 }
 # what dd and tar say though all is well
-CHATTER = re.compile(r'\d+\+\d+ records |\d+ bytes .*copied|.*: (time stamp|implausibly old) |.*tar: b/[^:]*$')
+CHATTER = re.compile(
+    r'\d+\+\d+ records |\d+ bytes .*copied|.*: (time stamp|implausibly old) |.*tar: b/[^:]*$')
 START = 'exec sh -c "$R" "$R"\n'
 
 
@@ -1913,12 +1914,19 @@ def has_terminal() -> bool:
 
 # ==== 8. Replicate: bring the replica into step, and keep it there ==========================================
 
+def to_stderr(text: str) -> None:
+    with contextlib.suppress(OSError):  # nobody to tell
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
 class Report:
     """What the user is told: each confirmed path on standard output, the rest on standard error, all in the
     log file."""
 
     def __init__(self, options: Options):
         self.options = options
+        self.quiet = options.quiet
         self.log = None
         self.problems: Dict[Tuple[str, str], str] = {}      # (stage, path): why
         self.noticed: Set[Tuple[str, str]] = set()
@@ -1926,9 +1934,8 @@ class Report:
         self.lines: List[str] = []
         self.terminal = sys.stderr.isatty()
         self.colour = self.terminal and 'NO_COLOR' not in os.environ
-        self.files = self.bytes = self.files_done = self.bytes_done = 0
-        self.since = self.drawn = 0.0
-        self.muted = False
+        self.drawn = 0.0                # when the progress line was; 0: there is none
+        self.count_nothing()
         if options.log_file:
             try:
                 self.log = open(options.log_file, 'a', 1, encoding='utf-8', errors='backslashreplace')
@@ -1940,28 +1947,30 @@ class Report:
 
     def line(self, text: str, step: Optional[Step] = None) -> None:
         self.lines.append(text)
-        if step is not None and step.verb in ('file', 'link', 'dir') and self.files:
+        if self.files and step is not None and step.verb in ('file', 'link', 'dir'):
             self.files_done += 1
-            self.moved(step.entry.size if step.verb == 'file' and step.entry.size <= BULK_BYTES else 0)
+            self.moved(step.entry.size if step.entry.size <= BULK_BYTES else 0)
         if len(self.lines) > 1000:
             self.flush()
 
     def flush(self) -> None:
         """Raises Stopped where nobody reads any more."""
+        if not self.lines:
+            return
         lines, self.lines = self.lines, []
         self.write_log(lines)
-        if lines and not self.options.quiet and not self.muted:
-            self.erase()
-            try:
-                sys.stdout.buffer.write(''.join(line + '\n' for line in lines).encode(
-                    sys.stdout.encoding or 'ascii', 'backslashreplace'))
-                sys.stdout.flush()
-            except BrokenPipeError:     # nobody reads what we say, and nobody asked for more
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-                raise Stopped
-            except OSError as error:
-                self.muted = True
-                self.warn('cannot write to standard output: %s; going on without' % error.strerror)
+        if self.quiet:
+            return
+        self.erase()
+        try:
+            sys.stdout.write('\n'.join(lines) + '\n')
+            sys.stdout.flush()
+        except BrokenPipeError:         # nobody reads what we say, and nobody asked for more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            raise Stopped
+        except OSError as error:
+            self.quiet = True
+            self.warn('cannot write to standard output: %s; going on without' % error.strerror)
 
     def write_log(self, lines: Iterable[str]) -> None:
         if self.log:
@@ -1977,14 +1986,7 @@ class Report:
         self.write_log([text])
         self.erase()
         start, end = ('\033[33m', '\033[0m') if self.colour else ('', '')
-        self.to_stderr('%sfile_replicator: %s%s\n' % (start, text, end))
-
-    def to_stderr(self, text: str) -> None:
-        try:
-            sys.stderr.buffer.write(text.encode(sys.stderr.encoding or 'ascii', 'backslashreplace'))
-            sys.stderr.flush()
-        except OSError:
-            pass                        # nobody to tell
+        to_stderr('%sfile_replicator: %s%s\n' % (start, text, end))
 
     def problem(self, path: str, why: str, stage: str) -> None:
         if self.problems.get((stage, path)) != why:
@@ -1993,46 +1995,50 @@ class Report:
             self.warn('%s: %s%s' % (self.name(path), why, again))
 
     def solved(self, path: str, stage: str) -> None:
-        if self.problems and self.problems.pop((stage, path), None) is not None and self.options.watch:
-            self.flush()
+        if self.problems:
+            self.problems.pop((stage, path), None)
 
     def notice(self, path: str, why: str) -> None:
+        """Says what is no problem, once."""
         if (path, why) not in self.noticed:
             self.noticed.add((path, why))
             self.warn('%s: %s' % (self.name(path), why))
 
     def debug(self, *words: str) -> None:
         if self.options.debugging:
-            self.to_stderr('debug: %.6f %s\n' % (time.monotonic(), ' '.join(words)))
+            to_stderr('debug: %.6f %s\n' % (time.monotonic(), ' '.join(words)))
+
+    def count_nothing(self) -> None:
+        self.files = self.bytes = self.files_done = self.bytes_done = 0
+        self.since = 0.0
 
     def expect(self, entries: Collection[Optional[Entry]]) -> None:
-        """Counts what is about to be sent, for the progress line."""
-        if not self.terminal or self.options.quiet:
-            return
-        self.files += len(entries)
-        self.bytes += sum(entry.size for entry in entries if entry is not None)
-        self.since = self.since or time.monotonic()
+        """Counts what is about to be sent, for the progress line: where there is none, `files` stays 0."""
+        if self.terminal and not self.quiet:
+            self.files += len(entries)
+            self.bytes += sum(entry.size for entry in entries if entry is not None)
+            self.since = self.since or time.monotonic()
 
     def moved(self, count: int) -> None:
+        if not self.files:
+            return
         self.bytes_done += count
         now = time.monotonic()
-        if self.files and now - self.since > 1 and now - self.drawn > 0.1:
+        if now - self.since > 1 and now - self.drawn > 0.1:
             rate = self.bytes_done / (now - self.since)
             left = max(0, self.bytes - self.bytes_done) / rate if rate else 0
             words = '\r{:,} of {:,} paths, {:.1f} of {:.1f} MB, {:.1f} MB/s, {:.0f} s left\033[K'
-            self.to_stderr(words.format(
-                self.files_done, self.files, min(self.bytes, self.bytes_done) / 1e6, self.bytes / 1e6,
-                rate / 1e6, left))
+            to_stderr(words.format(self.files_done, self.files, min(self.bytes, self.bytes_done) / 1e6,
+                                   self.bytes / 1e6, rate / 1e6, left))
             self.drawn = now
 
     def erase(self) -> None:
         if self.drawn:
-            self.to_stderr('\r\033[K')
+            to_stderr('\r\033[K')
             self.drawn = 0.0
 
     def in_step(self) -> None:
-        self.files = self.bytes = self.files_done = self.bytes_done = 0
-        self.since = 0.0
+        self.count_nothing()
         if not self.problems:
             self.line('in step')
         elif set(self.problems) != self.told:
@@ -2042,47 +2048,44 @@ class Report:
 
 
 class Hooks:
-    """Runs the hooks after what they are about is confirmed: the local one in a thread, so that nothing waits
-    for it."""
+    """Runs the local hook after what it is about is confirmed, in a thread, so that nothing waits for it."""
 
     def __init__(self, command: str, report: Report):
         self.command, self.report = command, report
         self.process: Optional[subprocess.Popen] = None
         import queue
         import threading
-        self.queue: queue.Queue[bytes] = queue.Queue()
+        self.queue: queue.Queue[bytes] = queue.Queue()      # the paths for each run, each with a NUL behind
         if command:
             threading.Thread(target=self.work, daemon=True).start()
 
     def work(self) -> None:
-        import tempfile
         while True:
             paths = self.queue.get()
-            with tempfile.TemporaryFile() as out:       # not a pipe: what the hook leaves running may hold it
-                try:
-                    self.process = subprocess.Popen(self.command, shell=True, stdin=subprocess.PIPE,
-                                                    stdout=out, stderr=subprocess.STDOUT,
-                                                    start_new_session=True)
-                    with contextlib.suppress(BrokenPipeError), self.process.stdin as names:
-                        names.write(paths)
-                    status = self.process.wait()
-                    out.seek(0)
-                    for line in out.read().decode(errors='replace').splitlines():
-                        self.report.warn('hook: ' + shown(line))
-                    if status:
-                        self.report.warn('the hook ended with status %d' % status)
-                except OSError as error:
-                    self.report.warn('the hook cannot be run: %s' % error.strerror)
-            self.process = None
+            try:
+                self.run(paths)
+            except OSError as error:
+                self.report.warn('the hook cannot be run: %s' % error.strerror)
             self.queue.task_done()
 
+    def run(self, paths: bytes) -> None:
+        import tempfile
+        with tempfile.TemporaryFile() as out:       # not a pipe: what the hook leaves running may hold it
+            self.process = subprocess.Popen(self.command, shell=True, stdin=subprocess.PIPE, stdout=out,
+                                            stderr=subprocess.STDOUT, start_new_session=True)
+            self.process.communicate(paths)
+            out.seek(0)
+            for line in lines_of(out.read()):
+                self.report.warn('hook: ' + line)
+        if self.process.returncode:
+            self.report.warn('the hook ended with status %d' % self.process.returncode)
+
     def stop(self) -> None:
-        process = self.process
-        if process:
-            try:
-                os.killpg(process.pid, signal.SIGTERM)
-            except OSError:
-                pass
+        """Ends what runs; what it left running stays."""
+        self.queue.queue.clear()
+        if self.process and self.process.returncode is None:
+            with contextlib.suppress(OSError):
+                os.killpg(self.process.pid, signal.SIGTERM)
 
 
 class Job:
@@ -2921,19 +2924,19 @@ class Retry:
 
     def __init__(self, options: Options, report: Report):
         self.options, self.report = options, report
-        self.ever = self.lost = False
+        self.since = 0.0                # when it last connected; 0: never
+        self.lost = False               # and that was said
         self.delay = 0.0
-        self.since = 0.0
         self.taken: List[float] = []    # when our staging was taken away
 
     def connected(self) -> None:
         if self.lost:
             self.report.warn('connected again')
-        self.ever, self.lost, self.since = True, False, time.monotonic()
+        self.lost, self.since = False, time.monotonic()
 
     def wait(self, why: Lost, source: Source) -> None:
         """Waits before the next attempt, collecting events. Raises Stop when there is none."""
-        if not self.ever and not self.options.wait:
+        if not self.since and not self.options.wait:
             raise Stop('cannot replicate to %s: %s; try the connection command by hand, or --wait for it'
                        % (shown(self.options.destination), why))
         now = time.monotonic()
@@ -2942,12 +2945,12 @@ class Retry:
             if len(self.taken) > 2:
                 raise Stop('another file_replicator replicates to %s: end one of them'
                            % shown(self.options.destination))
-        if self.ever and now - self.since > 5:
+        if self.since and now - self.since > 5:
             self.delay = 0.0
         if isinstance(why, Drifted):
             self.report.warn('the replica was changed over there (%s): comparing again' % why)
         elif not self.lost:
-            self.report.warn('connection lost: %s; connecting again' % why if self.ever else
+            self.report.warn('connection lost: %s; connecting again' % why if self.since else
                              'waiting for the far side: %s' % why)
             self.lost = True
         else:
@@ -2988,12 +2991,9 @@ exit status: 0 in step, or stopped as asked; 1 something could not be replicated
 
 
 def positive_seconds(text: str) -> float:
-    try:
-        value = float(text)
-        if 0 < value < 1e6:
-            return value
-    except ValueError:
-        pass
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1e6:
+            return float(text)
     raise argparse.ArgumentTypeError('%r is no number of seconds above 0' % text)
 
 
@@ -3058,24 +3058,24 @@ def make_parser() -> argparse.ArgumentParser:
 def split_command_line(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Sequence[List[str]]:
     """Options, SRC_DIR and DEST_PARENT_DIR, connection command. By hand, since argparse (3.8 to 3.13) would
     take options out of the command, and drop a -- of its own."""
+    takes_value = {name for each in parser._actions if each.nargs is None for name in each.option_strings}
     options: List[str] = []
     places: List[str] = []
-    takes_value = {name for each in parser._actions if each.nargs is None for name in each.option_strings}
-    rest = collections.deque(argv)
-    only_places = False
-    while rest and (len(places) < 2 or not only_places and rest[0][:1] == '-' and rest[0] not in ('-', '--')):
-        word = rest.popleft()
-        if only_places or word == '-' or not word.startswith('-'):
-            places.append(word)
-        elif word == '--':
-            only_places = True
+    rest = list(argv)
+    while rest and rest[0] != '--':
+        if rest[0].startswith('-') and rest[0] != '-':
+            count = 2 if rest[0] in takes_value else 1
+            options += rest[:count]
+            del rest[:count]
+        elif len(places) < 2:
+            places.append(rest.pop(0))
         else:
-            options.append(word)
-            if word in takes_value and rest:
-                options.append(rest.popleft())
-    if rest and rest[0] == '--':
-        rest.popleft()
-    return options, places, list(rest)
+            break
+    if rest[:1] == ['--']:              # nothing behind it is an option
+        del rest[0]
+    missing = 2 - len(places)
+    places, command = places + rest[:missing], rest[missing:]
+    return options, places, command[1:] if command[:1] == ['--'] else command
 
 
 def parse(argv: Sequence[str]) -> Options:
@@ -3095,8 +3095,6 @@ def parse(argv: Sequence[str]) -> Options:
         parser.error('SRC_DIR %s has no name that the replica could have' % shown(places[0]))
     if not places[1].startswith('/'):
         parser.error('DEST_PARENT_DIR %s is not absolute, and the far side begins nowhere' % shown(places[1]))
-    if '\0' in places[1] + name:
-        parser.error('a path holds a NUL')
     given.source, given.destination, given.command = source, places[1].rstrip('/') + '/' + name, command
     given.watch = given.watch and not given.dry_run
     return given
@@ -3111,6 +3109,8 @@ def main(argv: Sequence[str]) -> int:
     while os.open(os.devnull, os.O_RDWR) < 3:       # 0, 1 or 2 may be closed: no pipe may get their number
         pass
     sys.stdout, sys.stderr = (each or open(os.devnull, 'w') for each in (sys.stdout, sys.stderr))
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors='backslashreplace')
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(each, stop)
     # entries are never garbage in cycles: looking for that costs a fifth of a scan
@@ -3118,8 +3118,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         return replicate(parse(argv))
     except (Stop, Lost) as why:
-        text = 'file_replicator: %s\n' % why
-        sys.stderr.buffer.write(text.encode(sys.stderr.encoding or 'ascii', 'backslashreplace'))
+        to_stderr('file_replicator: %s\n' % why)
         return 1
     except Stopped:
         return 0
