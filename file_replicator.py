@@ -1568,21 +1568,22 @@ WHAT_IT_MAY_MEAN = {
     255: 'ssh could not connect or log in',
     0: 'it is no shell, or has nothing on its standard input: docker exec and kubectl exec need -i for that',
 }
-
-
-# What dd and tar say though all is well.
-CHATTER = r'\d+\+\d+ records |\d+ bytes .*copied|.*: (time stamp|implausibly old) |.*tar: b/[^:]*$'
+# what dd and tar say though all is well
+CHATTER = re.compile(
+    r'\d+\+\d+ records |\d+ bytes .*copied|.*: (time stamp|implausibly old) |.*tar: b/[^:]*$')
+START = 'exec sh -c "$R" "$R"\n'
 
 
 class Connection:
     """A connection command, started, with the receiver sent to it. Raises Lost where it does not go on."""
 
     def __init__(self, command: Sequence[str], program: Callable[[str], str], report: 'Report'):
-        self.command, self.report = command, report
+        self.report = report
         self.nonce = os.urandom(6).hex()
         self.staging = '.file_replicator.' + self.nonce
         self.end = (self.nonce + '.\n').encode()
-        self.text = program(self.nonce).encode('utf-8', 'surrogateescape')
+        self.milestone = re.compile(('%s (?:(ready)(\r?)|listed|stop (.*))\n' % self.nonce).encode())
+        self.answer = re.compile(self.nonce + r' (?:(\d+) ([0-3])|\+ (.*)|stop (.*))$')
         self.out: Deque[memoryview] = collections.deque()
         self.flight: Deque[Sent] = collections.deque()
         self.number = self.bytes_in_flight = 0
@@ -1607,20 +1608,14 @@ class Connection:
         for fd in (self.stdin, self.stdout, self.stderr):
             os.set_blocking(fd, False)
         for fd in (self.stdin, self.stdout):
-            try:
+            with contextlib.suppress(OSError):
                 fcntl.fcntl(fd, 1031, PIPE_BYTES)       # F_SETPIPE_SZ, Linux only
-            except OSError:
-                pass
         self.started = self.moved = time.monotonic()
         # One command, complete before anything else is sent: dash and busybox sh read ahead on what they take
         # commands from, and would swallow the first records. sh -c also leaves behind the options and aliases
         # of the outer shell.
-        quoted = shlex.quote(self.text.decode('utf-8', 'surrogateescape'))
-        line = 'R=%s; PATH="${PATH-}:/usr/bin:/bin"; export PATH; exec sh -c "$R" "$R"\n' % quoted
-        self.write(line.encode('utf-8', 'surrogateescape'))
-
-    def write(self, data: bytes) -> None:
-        self.out.append(memoryview(data))
+        line = 'R=%s; PATH="${PATH-}:/usr/bin:/bin"; export PATH; ' % shlex.quote(program(self.nonce)) + START
+        self.out.append(memoryview(os.fsencode(line)))
 
     def send(self, verb: str, words: Sequence[str] = (), paths: Sequence[bytes] = (),
              payload: Sequence[bytes] = (),
@@ -1630,15 +1625,15 @@ class Connection:
         head = record(verb, self.number, words, paths, length)
         if self.report.options.debugging:
             self.report.debug('record', shown(os.fsdecode(head)))
+        now = time.monotonic()
         if not self.flight:
-            self.moved = time.monotonic()
-        self.flight.append(Sent(self.number, len(head) + length, time.monotonic(), verb, done))
+            self.moved = now
+        self.flight.append(Sent(self.number, len(head) + length, now, verb, done))
         self.bytes_in_flight += len(head) + length
+        pieces = [head, *payload, self.end] if length else [head]
         if length < BLOCK:              # one write for a small record
-            self.write(b''.join([head, *payload, self.end if length else b'']))
-        else:
-            for data in (head, *payload, self.end):
-                self.write(data)
+            pieces = [b''.join(pieces)]
+        self.out.extend(map(memoryview, pieces))
 
     def has_room(self) -> bool:
         """Whether more of the backlog may follow: little enough is on the way that a fresh edit need not wait
@@ -1670,26 +1665,18 @@ class Connection:
             else:
                 self.out[0] = self.out[0][count:]
         poll = select.poll()
-        poll.register(self.stdout, select.POLLIN)
-        if self.stderr >= 0:
-            poll.register(self.stderr, select.POLLIN)
+        for fd in (self.stdout, self.stderr, other):
+            if fd is not None:
+                poll.register(fd, select.POLLIN)
         if self.out:
             poll.register(self.stdin, select.POLLOUT)
-        if other is not None:
-            poll.register(other, select.POLLIN)
         limit = self.check_silence()
         wait = min(limit, seconds) if seconds is not None else limit
         for fd, _ in poll.poll(max(0, wait) * 1000 + (0.999 if wait > 0.001 else 0)):
             if fd == self.stderr:
                 self.hear_complaints()
             elif fd == self.stdout:
-                data = b''
-                try:
-                    data = os.read(self.stdout, PIPE_BYTES)
-                except BlockingIOError:
-                    continue
-                except OSError:
-                    pass
+                data = self.process.stdout.read(PIPE_BYTES)
                 if not data:
                     raise Lost(self.diagnosis())
                 self.moved = time.monotonic()
@@ -1698,84 +1685,71 @@ class Connection:
     def check_silence(self) -> float:
         """Seconds until the next check. Sends a heartbeat when nothing moved for a while. Raises Lost when
         something should have moved and did not. A remote hook may take as long as it likes."""
-        silent = time.monotonic() - self.moved
+        now = time.monotonic()
         if self.phase == 'starting':
-            limit = READY_SECONDS - (time.monotonic() - self.started)
-            if limit <= 0:
+            left = self.started + READY_SECONDS - now
+            if left <= 0:
                 raise Lost('no shell answered within %d seconds%s' % (READY_SECONDS, self.what_was_said()))
         elif self.flight and self.flight[0].verb == 'hook':
-            return 3600
+            left = 3600.0
         elif self.flight or self.out or self.phase == 'listing':
-            limit = SILENT_SECONDS - silent
-            if limit <= 0:
+            left = self.moved + SILENT_SECONDS - now
+            if left <= 0:
                 raise Lost('nothing moved for %d seconds' % SILENT_SECONDS)
         else:
-            limit = BEAT_SECONDS - silent
-            if limit <= 0:
+            left = self.moved + BEAT_SECONDS - now
+            if left <= 0:
                 self.send('beat')
-                return 0
-        return limit
+        return left
 
     def hear_complaints(self) -> None:
-        try:
-            data = os.read(self.stderr, 65536)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b''
-        if not data:
-            self.stderr = -1            # the object keeps the file; it is closed at the end
-        for line in data.decode(errors='replace').splitlines():
-            self.complaints.append(shown(line))
+        data = self.process.stderr.read(65536)
+        if data == b'':
+            self.stderr = None          # at its end; the object keeps the file
+        lines = lines_of(data or b'')
+        self.complaints.extend(lines)
+        for line in lines:
             self.report.debug('stderr', line)
 
     def hear(self, data: bytes) -> None:
+        # A milestone may have begun in what came before; none is as long as that.
+        since = max(0, len(self.heard) - 200)
         self.heard += data
-        if self.phase == 'starting':
-            ready = ('%s ready' % self.nonce).encode()
-            at = (b'\n' + self.heard).find(b'\n' + ready)
-            if at < 0 or len(self.heard) < at + len(ready) + 1:
-                self.hear_stop()
-                if b'exec sh -c "$R" "$R"' in self.heard:
-                    raise Lost('what answers is no shell: it gives back what it is sent')
-                return
-            if self.heard[at + len(ready)] != 10:
+        while self.phase != 'live':
+            found = self.milestone.search(self.heard, since)
+            echoed = found is None and self.phase == 'starting' and START.encode() in self.heard
+            if echoed and b'\r\n' not in self.heard:
+                raise Lost('what answers is no shell: it gives back what it is sent')
+            if echoed or found and found[2]:
                 raise Lost('the connection goes through a terminal, which changes bytes; leave out -t')
-            self.said = self.heard[:at].decode(errors='replace').splitlines()
-            self.heard[:at + len(ready) + 1] = b''
-            self.phase = 'listing'
-        if self.phase == 'listing':
-            end = ('%s listed\n' % self.nonce).encode()
-            at = self.heard.find(end, max(0, len(self.heard) - len(data) - len(end)))
-            if at < 0:
-                self.hear_stop()
+            if not found:
                 return
-            self.listing = os.fsdecode(bytes(self.heard[:at])).split(self.nonce + ' ')
-            self.heard = self.heard[at + len(end):]
-            processes = (line[8:].strip() for line in self.listing if line.startswith('process '))
-            self.process_there = next(processes, '-')
-            self.can = next((line[2:].strip() for line in self.listing[:2] if line.startswith('+ ')), '')
-            self.said = []
-            self.phase = 'live'
-        if b'\n' not in self.heard:
-            return
-        *lines, rest = self.heard.split(b'\n')
+            before, self.heard = self.heard[:found.start()], self.heard[found.end():]
+            since = 0
+            if found[3] is not None:
+                self.said = lines_of(before)
+                raise Lost(found[3].decode() + self.what_was_said())
+            if found[1]:
+                self.phase = 'listing'
+            else:
+                self.take_listing(os.fsdecode(bytes(before)).split(self.nonce + ' '))
+        lines, _, rest = self.heard.rpartition(b'\n')
         self.heard = rest
-        for line in lines:
+        for line in lines.decode(errors='surrogateescape').split('\n') if lines else ():
             self.hear_line(line)
 
-    def hear_stop(self) -> None:
-        """Raises Lost if the far side said that it cannot go on, before it was ready."""
-        at = self.heard.find(('%s stop ' % self.nonce).encode())
-        if at >= 0 and b'\n' in self.heard[at:]:
-            self.said = self.heard[:at].decode(errors='replace').splitlines()[-3:]
-            self.hear_line(bytes(self.heard[at:]).split(b'\n')[0])
+    def take_listing(self, listing: List[str]) -> None:
+        """What the far side says of itself comes first, see main in the receiver."""
+        first = dict(line.partition(' ')[::2] for line in listing[:3])
+        self.process_there = first.get('process', '-').strip()
+        self.can = first.get('+', '').strip()
+        self.listing = listing
+        self.phase = 'live'
 
-    def hear_line(self, line: bytes) -> None:
-        text = line.decode(errors='surrogateescape')
-        found = re.search(self.nonce + r' (?:(\d+) ([0-3])|\+ (.*)|stop (.*))$', text)
-        other = text[:found.start()] if found else text     # before an answer: a line that did not end
-        if other and not re.match(CHATTER, other):
+    def hear_line(self, line: str) -> None:
+        found = self.answer.search(line)
+        other = line[:found.start()] if found else line     # before an answer: a line that did not end
+        if other and not CHATTER.match(other):
             # The reason is for people: without the shell's name, its line, and the names we gave to temporary
             # files.
             reason = re.sub(r'^[^ ]*: (line )?\d+: ', '', other)
@@ -1790,15 +1764,17 @@ class Connection:
         elif self.flight and number == str(self.flight[0].number):
             sent = self.flight.popleft()
             self.bytes_in_flight -= sent.size
-            took = time.monotonic() - sent.when
             if sent.size > BLOCK:       # half a second on the way is the most a fresh edit should wait behind
-                self.window = max(BLOCK * 4, self.window * 3 // 4) if took > 0.5 else \
-                    min(WINDOW_BYTES * 4, self.window * 5 // 4) if took < 0.2 else self.window
+                took = time.monotonic() - sent.when
+                if took > 0.5:
+                    self.window = max(BLOCK * 4, self.window * 3 // 4)
+                elif took < 0.2:
+                    self.window = min(WINDOW_BYTES * 4, self.window * 5 // 4)
             said, self.said, values, self.values = self.said, [], self.values, []
             self.report.debug('answer', number, code, *said)
             sent.done(int(code), '; '.join(said), values)
         else:
-            raise Lost('the far side answers what nobody asked: %s' % shown(text))
+            raise Lost('the far side answers what nobody asked: %s' % shown(line))
 
     def entries(self) -> Iterator[Tuple[str, Entry, int]]:
         """What the far side listed: path, entry, number of the file system. What cannot be read is sent
@@ -1816,91 +1792,78 @@ class Connection:
                 else:
                     permissions = int(mode, 8)
                 seconds, _, fraction = when.partition('.')
-                mtime_ns = int(seconds) * 10**9
-                if fraction:
-                    part = int(fraction[:9].ljust(9, '0'))
-                    mtime_ns += part            # before 1970 too: the seconds are rounded down
-                yield path[2:], (Entry('f', permissions, int(size), mtime_ns) if kind == 'f' else
-                                 Entry('l', 0o777, 0, mtime_ns, target[:-2]) if kind == 'l' else
-                                 Entry(kind, permissions, 0, mtime_ns)), int(device)
+                # before 1970 too: the seconds are rounded down
+                mtime_ns = int(seconds) * 10**9 + int((fraction + '000000000')[:9])
+                if kind == 'l':
+                    entry = Entry(kind, 0o777, 0, mtime_ns, target[:-2])
+                else:
+                    entry = Entry(kind, permissions, int(size) if kind == 'f' else 0, mtime_ns)
+                yield path[2:], entry, int(device)
             except ValueError:
                 continue
 
     def sums(self) -> Tuple[str, Dict[str, str]]:
         """The tool the far side's sums are made with ('-' for none), and path: sum."""
-        for line in self.listing:
-            if line.startswith('sums '):
-                tool, *lines = line[5:].split('\n')
-                found = {}
-                for each in lines:
-                    value, _, path = each.partition('  ')
-                    if value.startswith('\\'):         # GNU's way to show a name with a newline or backslash
-                        value = value[1:]
-                        path = re.sub(r'\\(.)', lambda m: '\n' if m[1] == 'n' else m[1], path)
-                    found[path[2:]] = value
-                return tool, found
-        return '-', {}
+        tool, *lines = next((line[5:] for line in self.listing if line.startswith('sums ')), '-').split('\n')
+        found = {}
+        for line in lines:
+            value, _, path = line.partition('  ')
+            if value.startswith('\\'):          # GNU's way to show a name with a newline or backslash
+                value = value[1:]
+                path = re.sub(r'\\(.)', lambda m: '\n' if m[1] == 'n' else m[1], path)
+            found[path[2:]] = value
+        return tool, found
 
     def what_was_said(self) -> str:
-        lines = [line for line in (*self.said[-3:], *list(self.complaints)[-3:]) if line.strip()]
+        lines = [*self.said[-3:], *list(self.complaints)[-3:]]
         return ': ' + '; '.join(lines) if lines else ''
 
     def diagnosis(self) -> str:
         """Why the connection ended, as far as can be told."""
-        try:
-            status: Optional[int] = self.process.wait(1)
-        except subprocess.TimeoutExpired:
-            status = None
-        if self.stderr >= 0:
-            self.hear_complaints()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(1)
+        status = self.process.returncode
+        self.hear_complaints()
+        hint = ''
         if self.phase == 'starting':
-            try:
-                self.heard += os.read(self.stdout, PIPE_BYTES)
-            except OSError:
-                pass
-            self.said = [shown(line) for line in self.heard.decode(errors='replace').splitlines()]
+            self.said = lines_of(self.heard + (self.process.stdout.read(PIPE_BYTES) or b''))
+            hint = WHAT_IT_MAY_MEAN.get(status, '')
         said = self.what_was_said()
         if status is None:
             return 'the connection command closed its output' + said
         how = 'was killed by signal %d' % -status if status < 0 else 'ended with status %d' % status
-        hint = WHAT_IT_MAY_MEAN.get(status, '') if self.phase == 'starting' else ''
         return 'the connection command %s%s%s' % (how, said, ' (%s)' % hint if hint else '')
 
     def close(self) -> None:
-        """Ends the connection. The end of its input is what tells the receiver to clear up; then the rest is
-        ended."""
+        """Ends the connection. The end of its input is what tells the receiver to clear up; what is still
+        there after a while gets the signal that has it clear up, then the rest is ended."""
         self.process.stdin.close()
-        # What is still there after a while gets the signal that has the receiver clear up.
         for patience, number in ((0 if self.at_rest else 0.4, signal.SIGTERM), (0.4, signal.SIGKILL)):
             end = time.monotonic() + patience
-            while self.lives() and time.monotonic() < end:
-                with contextlib.suppress(OSError):
-                    if select.select([self.stdout], [], [], 0.02)[0] and not os.read(self.stdout, PIPE_BYTES):
-                        time.sleep(0.002)
-            self.kill(number)
+            while self.signal(0) and time.monotonic() < end:
+                self.process.stdout.read(PIPE_BYTES)    # who cannot write cannot end either
+                time.sleep(0.002)
+            self.signal(number)
         self.process.wait()
         self.process.stdout.close()
         self.process.stderr.close()
 
-    def lives(self) -> bool:
-        """Whether the connection command, or in a group of its own anything it started, is still there."""
-        if self.process.poll() is None or has_terminal():
-            return self.process.returncode is None
+    def signal(self, number: int) -> bool:
+        """Sends a signal (0: none) to the connection command, and where it has a group of its own to all that
+        it started. Whether any of them is there."""
+        lives = self.process.poll() is None
+        if has_terminal() and not lives:
+            return False                # its number may be another's by now
         try:
-            os.killpg(self.process.pid, 0)
+            os.kill(self.process.pid if has_terminal() else -self.process.pid, number)
             return True
-        except OSError:
-            return False
+        except OSError:                 # none, or sudo's, which is not ours to end
+            return lives
 
-    def kill(self, number: int) -> None:
-        """Ends the connection command, and where it has a group of its own all that it started."""
-        try:
-            if not has_terminal():
-                os.killpg(self.process.pid, number)
-            elif self.process.poll() is None:
-                self.process.send_signal(number)
-        except OSError:
-            pass
+
+def lines_of(data: bytes) -> List[str]:
+    """Somebody else's words for people, without blank lines."""
+    return [shown(line) for line in data.decode(errors='replace').splitlines() if line.strip()]
 
 
 @functools.lru_cache(maxsize=None)
@@ -1916,12 +1879,19 @@ def has_terminal() -> bool:
 
 # ==== 8. Replicate: bring the replica into step, and keep it there ==========================================
 
+def to_stderr(text: str) -> None:
+    with contextlib.suppress(OSError):  # nobody to tell
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
 class Report:
     """What the user is told: each confirmed path on standard output, the rest on standard error, all in the
     log file."""
 
     def __init__(self, options: Options):
         self.options = options
+        self.quiet = options.quiet
         self.log = None
         self.problems: Dict[Tuple[str, str], str] = {}      # (stage, path): why
         self.noticed: Set[Tuple[str, str]] = set()
@@ -1929,9 +1899,8 @@ class Report:
         self.lines: List[str] = []
         self.terminal = sys.stderr.isatty()
         self.colour = self.terminal and 'NO_COLOR' not in os.environ
-        self.files = self.bytes = self.files_done = self.bytes_done = 0
-        self.since = self.drawn = 0.0
-        self.muted = False
+        self.drawn = 0.0                # when the progress line was; 0: there is none
+        self.count_nothing()
         if options.log_file:
             try:
                 self.log = open(options.log_file, 'a', 1, encoding='utf-8', errors='backslashreplace')
@@ -1943,28 +1912,30 @@ class Report:
 
     def line(self, text: str, step: Optional[Step] = None) -> None:
         self.lines.append(text)
-        if step is not None and step.verb in ('file', 'link', 'dir') and self.files:
+        if self.files and step is not None and step.verb in ('file', 'link', 'dir'):
             self.files_done += 1
-            self.moved(step.entry.size if step.verb == 'file' and step.entry.size <= BULK_BYTES else 0)
+            self.moved(step.entry.size if step.entry.size <= BULK_BYTES else 0)
         if len(self.lines) > 1000:
             self.flush()
 
     def flush(self) -> None:
         """Raises Stopped where nobody reads any more."""
+        if not self.lines:
+            return
         lines, self.lines = self.lines, []
         self.write_log(lines)
-        if lines and not self.options.quiet and not self.muted:
-            self.erase()
-            try:
-                sys.stdout.buffer.write(''.join(line + '\n' for line in lines).encode(
-                    sys.stdout.encoding or 'ascii', 'backslashreplace'))
-                sys.stdout.flush()
-            except BrokenPipeError:     # nobody reads what we say, and nobody asked for more
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-                raise Stopped
-            except OSError as error:
-                self.muted = True
-                self.warn('cannot write to standard output: %s; going on without' % error.strerror)
+        if self.quiet:
+            return
+        self.erase()
+        try:
+            sys.stdout.write('\n'.join(lines) + '\n')
+            sys.stdout.flush()
+        except BrokenPipeError:         # nobody reads what we say, and nobody asked for more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            raise Stopped
+        except OSError as error:
+            self.quiet = True
+            self.warn('cannot write to standard output: %s; going on without' % error.strerror)
 
     def write_log(self, lines: Iterable[str]) -> None:
         if self.log:
@@ -1980,14 +1951,7 @@ class Report:
         self.write_log([text])
         self.erase()
         start, end = ('\033[33m', '\033[0m') if self.colour else ('', '')
-        self.to_stderr('%sfile_replicator: %s%s\n' % (start, text, end))
-
-    def to_stderr(self, text: str) -> None:
-        try:
-            sys.stderr.buffer.write(text.encode(sys.stderr.encoding or 'ascii', 'backslashreplace'))
-            sys.stderr.flush()
-        except OSError:
-            pass                        # nobody to tell
+        to_stderr('%sfile_replicator: %s%s\n' % (start, text, end))
 
     def problem(self, path: str, why: str, stage: str) -> None:
         if self.problems.get((stage, path)) != why:
@@ -1996,46 +1960,50 @@ class Report:
             self.warn('%s: %s%s' % (self.name(path), why, again))
 
     def solved(self, path: str, stage: str) -> None:
-        if self.problems and self.problems.pop((stage, path), None) is not None and self.options.watch:
-            self.flush()
+        if self.problems:
+            self.problems.pop((stage, path), None)
 
     def notice(self, path: str, why: str) -> None:
+        """Says what is no problem, once."""
         if (path, why) not in self.noticed:
             self.noticed.add((path, why))
             self.warn('%s: %s' % (self.name(path), why))
 
     def debug(self, *words: str) -> None:
         if self.options.debugging:
-            self.to_stderr('debug: %.6f %s\n' % (time.monotonic(), ' '.join(words)))
+            to_stderr('debug: %.6f %s\n' % (time.monotonic(), ' '.join(words)))
+
+    def count_nothing(self) -> None:
+        self.files = self.bytes = self.files_done = self.bytes_done = 0
+        self.since = 0.0
 
     def expect(self, entries: Collection[Optional[Entry]]) -> None:
-        """Counts what is about to be sent, for the progress line."""
-        if not self.terminal or self.options.quiet:
-            return
-        self.files += len(entries)
-        self.bytes += sum(entry.size for entry in entries if entry is not None)
-        self.since = self.since or time.monotonic()
+        """Counts what is about to be sent, for the progress line: where there is none, `files` stays 0."""
+        if self.terminal and not self.quiet:
+            self.files += len(entries)
+            self.bytes += sum(entry.size for entry in entries if entry is not None)
+            self.since = self.since or time.monotonic()
 
     def moved(self, count: int) -> None:
+        if not self.files:
+            return
         self.bytes_done += count
         now = time.monotonic()
-        if self.files and now - self.since > 1 and now - self.drawn > 0.1:
+        if now - self.since > 1 and now - self.drawn > 0.1:
             rate = self.bytes_done / (now - self.since)
             left = max(0, self.bytes - self.bytes_done) / rate if rate else 0
             words = '\r{:,} of {:,} paths, {:.1f} of {:.1f} MB, {:.1f} MB/s, {:.0f} s left\033[K'
-            self.to_stderr(words.format(
-                self.files_done, self.files, min(self.bytes, self.bytes_done) / 1e6, self.bytes / 1e6,
-                rate / 1e6, left))
+            to_stderr(words.format(self.files_done, self.files, min(self.bytes, self.bytes_done) / 1e6,
+                                   self.bytes / 1e6, rate / 1e6, left))
             self.drawn = now
 
     def erase(self) -> None:
         if self.drawn:
-            self.to_stderr('\r\033[K')
+            to_stderr('\r\033[K')
             self.drawn = 0.0
 
     def in_step(self) -> None:
-        self.files = self.bytes = self.files_done = self.bytes_done = 0
-        self.since = 0.0
+        self.count_nothing()
         if not self.problems:
             self.line('in step')
         elif set(self.problems) != self.told:
@@ -2045,47 +2013,44 @@ class Report:
 
 
 class Hooks:
-    """Runs the hooks after what they are about is confirmed: the local one in a thread, so that nothing waits
-    for it."""
+    """Runs the local hook after what it is about is confirmed, in a thread, so that nothing waits for it."""
 
     def __init__(self, command: str, report: Report):
         self.command, self.report = command, report
         self.process: Optional[subprocess.Popen] = None
         import queue
         import threading
-        self.queue: queue.Queue[bytes] = queue.Queue()
+        self.queue: queue.Queue[bytes] = queue.Queue()      # the paths for each run, each with a NUL behind
         if command:
             threading.Thread(target=self.work, daemon=True).start()
 
     def work(self) -> None:
-        import tempfile
         while True:
             paths = self.queue.get()
-            with tempfile.TemporaryFile() as out:       # not a pipe: what the hook leaves running may hold it
-                try:
-                    self.process = subprocess.Popen(self.command, shell=True, stdin=subprocess.PIPE,
-                                                    stdout=out, stderr=subprocess.STDOUT,
-                                                    start_new_session=True)
-                    with contextlib.suppress(BrokenPipeError), self.process.stdin as names:
-                        names.write(paths)
-                    status = self.process.wait()
-                    out.seek(0)
-                    for line in out.read().decode(errors='replace').splitlines():
-                        self.report.warn('hook: ' + shown(line))
-                    if status:
-                        self.report.warn('the hook ended with status %d' % status)
-                except OSError as error:
-                    self.report.warn('the hook cannot be run: %s' % error.strerror)
-            self.process = None
+            try:
+                self.run(paths)
+            except OSError as error:
+                self.report.warn('the hook cannot be run: %s' % error.strerror)
             self.queue.task_done()
 
+    def run(self, paths: bytes) -> None:
+        import tempfile
+        with tempfile.TemporaryFile() as out:       # not a pipe: what the hook leaves running may hold it
+            self.process = subprocess.Popen(self.command, shell=True, stdin=subprocess.PIPE, stdout=out,
+                                            stderr=subprocess.STDOUT, start_new_session=True)
+            self.process.communicate(paths)
+            out.seek(0)
+            for line in lines_of(out.read()):
+                self.report.warn('hook: ' + line)
+        if self.process.returncode:
+            self.report.warn('the hook ended with status %d' % self.process.returncode)
+
     def stop(self) -> None:
-        process = self.process
-        if process:
-            try:
-                os.killpg(process.pid, signal.SIGTERM)
-            except OSError:
-                pass
+        """Ends what runs; what it left running stays."""
+        self.queue.queue.clear()
+        if self.process and self.process.returncode is None:
+            with contextlib.suppress(OSError):
+                os.killpg(self.process.pid, signal.SIGTERM)
 
 
 class Job:
@@ -2867,19 +2832,19 @@ class Retry:
 
     def __init__(self, options: Options, report: Report):
         self.options, self.report = options, report
-        self.ever = self.lost = False
+        self.since = 0.0                # when it last connected; 0: never
+        self.lost = False               # and that was said
         self.delay = 0.0
-        self.since = 0.0
         self.taken: List[float] = []    # when our staging was taken away
 
     def connected(self) -> None:
         if self.lost:
             self.report.warn('connected again')
-        self.ever, self.lost, self.since = True, False, time.monotonic()
+        self.lost, self.since = False, time.monotonic()
 
     def wait(self, why: Lost, source: Source) -> None:
         """Waits before the next attempt, collecting events. Raises Stop when there is none."""
-        if not self.ever and not self.options.wait:
+        if not self.since and not self.options.wait:
             raise Stop('cannot replicate to %s: %s; try the connection command by hand, or --wait for it'
                        % (shown(self.options.destination), why))
         now = time.monotonic()
@@ -2888,12 +2853,12 @@ class Retry:
             if len(self.taken) > 2:
                 raise Stop('another file_replicator replicates to %s: end one of them'
                            % shown(self.options.destination))
-        if self.ever and now - self.since > 5:
+        if self.since and now - self.since > 5:
             self.delay = 0.0
         if isinstance(why, Drifted):
             self.report.warn('the replica was changed over there (%s): comparing again' % why)
         elif not self.lost:
-            self.report.warn('connection lost: %s; connecting again' % why if self.ever else
+            self.report.warn('connection lost: %s; connecting again' % why if self.since else
                              'waiting for the far side: %s' % why)
             self.lost = True
         else:
@@ -2934,12 +2899,9 @@ exit status: 0 in step, or stopped as asked; 1 something could not be replicated
 
 
 def positive_seconds(text: str) -> float:
-    try:
-        value = float(text)
-        if 0 < value < 1e6:
-            return value
-    except ValueError:
-        pass
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1e6:
+            return float(text)
     raise argparse.ArgumentTypeError('%r is no number of seconds above 0' % text)
 
 
@@ -3004,24 +2966,24 @@ def make_parser() -> argparse.ArgumentParser:
 def split_command_line(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Sequence[List[str]]:
     """Options, SRC_DIR and DEST_PARENT_DIR, connection command. By hand, since argparse (3.8 to 3.13) would
     take options out of the command, and drop a -- of its own."""
+    takes_value = {name for each in parser._actions if each.nargs is None for name in each.option_strings}
     options: List[str] = []
     places: List[str] = []
-    takes_value = {name for each in parser._actions if each.nargs is None for name in each.option_strings}
-    rest = collections.deque(argv)
-    only_places = False
-    while rest and (len(places) < 2 or not only_places and rest[0][:1] == '-' and rest[0] not in ('-', '--')):
-        word = rest.popleft()
-        if only_places or word == '-' or not word.startswith('-'):
-            places.append(word)
-        elif word == '--':
-            only_places = True
+    rest = list(argv)
+    while rest and rest[0] != '--':
+        if rest[0].startswith('-') and rest[0] != '-':
+            count = 2 if rest[0] in takes_value else 1
+            options += rest[:count]
+            del rest[:count]
+        elif len(places) < 2:
+            places.append(rest.pop(0))
         else:
-            options.append(word)
-            if word in takes_value and rest:
-                options.append(rest.popleft())
-    if rest and rest[0] == '--':
-        rest.popleft()
-    return options, places, list(rest)
+            break
+    if rest[:1] == ['--']:              # nothing behind it is an option
+        del rest[0]
+    missing = 2 - len(places)
+    places, command = places + rest[:missing], rest[missing:]
+    return options, places, command[1:] if command[:1] == ['--'] else command
 
 
 def parse(argv: Sequence[str]) -> Options:
@@ -3041,8 +3003,6 @@ def parse(argv: Sequence[str]) -> Options:
         parser.error('SRC_DIR %s has no name that the replica could have' % shown(places[0]))
     if not places[1].startswith('/'):
         parser.error('DEST_PARENT_DIR %s is not absolute, and the far side begins nowhere' % shown(places[1]))
-    if '\0' in places[1] + name:
-        parser.error('a path holds a NUL')
     given.source, given.destination, given.command = source, places[1].rstrip('/') + '/' + name, command
     given.watch = given.watch and not given.dry_run
     return given
@@ -3057,6 +3017,8 @@ def main(argv: Sequence[str]) -> int:
     while os.open(os.devnull, os.O_RDWR) < 3:       # 0, 1 or 2 may be closed: no pipe may get their number
         pass
     sys.stdout, sys.stderr = (each or open(os.devnull, 'w') for each in (sys.stdout, sys.stderr))
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors='backslashreplace')
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(each, stop)
     # entries are never garbage in cycles: looking for that costs a fifth of a scan
@@ -3064,8 +3026,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         return replicate(parse(argv))
     except (Stop, Lost) as why:
-        text = 'file_replicator: %s\n' % why
-        sys.stderr.buffer.write(text.encode(sys.stderr.encoding or 'ascii', 'backslashreplace'))
+        to_stderr('file_replicator: %s\n' % why)
         return 1
     except Stopped:
         return 0

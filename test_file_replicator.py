@@ -2670,7 +2670,8 @@ def test_a_far_side_that_closes_only_its_output_is_left_and_connected_again(tmp_
     (['/'], 'cannot run /'), (['sh', '-c', 'echo "no such host" >&2; exit 255'], 'no such host.*ssh could not'),
     (['sh', '-c', 'exit 127'], 'not found'), (['sh', '-c', 'kill -9 $$'], 'signal 9'), (['head', '-c', '100'], 'ended with status 0'),
     ([sys.executable, '-c', 'import sys; sys.stdin.read(9)'], 'ended with status 0'),
-    (['tee', '/dev/null'], 'no shell')], ids=str)
+    (['tee', '/dev/null'], 'no shell'), ([sys.executable, '-c', 'import pty; pty.spawn("sh")'], 'goes through a terminal'),
+    (['sh', '-c', 'echo; echo one; echo; echo two; echo >&2; exit 3'], 'status 3: one; two;')], ids=str)
 def test_a_command_that_is_no_shell_ends_the_program_with_what_it_said(tmp_path, words, says):
     source = str(tmp_path / 'src')
     write(source + '/file', 'data')
