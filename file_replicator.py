@@ -2563,7 +2563,7 @@ class Replica:
         try:
             at = 0
             for at in self.patch(job, fd, part):
-                yield True
+                yield at > 0
             while at < entry.size and not job.failed:
                 end = min(entry.size, at + self.far.slice_bytes())
                 pieces = [os.pread(fd, min(BLOCK * 4, end - start), start)
