@@ -1561,6 +1561,38 @@ class Sent(NamedTuple):
     done: Callable[[int, str, List[str]], None]
 
 
+class FileSlice:
+    """Bytes of a file on their way into a pipe, by sendfile: nothing is copied here. What changes in the file
+    before they are over there changes in them too, so the file is to be looked at again once they are answered.
+    Of a file that shrank, or cannot be read any more (`faults` says so), zeros are sent for the rest."""
+
+    def __init__(self, file: Any, start: int, length: int, faults: List[OSError]):
+        # the file is closed with its last slice
+        self.file, self.start, self.length, self.faults = file, start, length, faults
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, rest: slice) -> 'FileSlice':
+        return FileSlice(self.file, self.start + rest.start, self.length - rest.start, self.faults)
+
+    def write_to(self, pipe: int) -> int:
+        """Writes some. Returns how many bytes; raises as os.write does."""
+        data = b''
+        try:
+            count = os.sendfile(pipe, self.file.fileno(), self.start, min(self.length, PIPE_BYTES))
+            if count:
+                return count
+        except BlockingIOError:
+            raise
+        except (OSError, AttributeError):       # not for every file system, nor outside of Linux
+            try:
+                data = os.pread(self.file.fileno(), min(self.length, BLOCK), self.start)
+            except OSError as error:
+                self.faults.append(error)
+        return os.write(pipe, data or bytes(min(self.length, BLOCK)))
+
+
 WHAT_IT_MAY_MEAN = {
     127: 'a command was not found: the connection command here, or the shell it asks for over there',
     126: 'a command could not be run: it is not executable, or not there in the container',
@@ -1584,7 +1616,7 @@ class Connection:
         self.end = (self.nonce + '.\n').encode()
         self.milestone = re.compile(('%s (?:(ready)(\r?)|listed|stop (.*))\n' % self.nonce).encode())
         self.answer = re.compile(self.nonce + r' (?:(\d+) ([0-3])|\+ (.*)|stop (.*))$')
-        self.out: Deque[memoryview] = collections.deque()
+        self.out: Deque[Any] = collections.deque()      # memoryviews and FileSlices
         self.flight: Deque[Sent] = collections.deque()
         self.number = self.bytes_in_flight = 0
         self.window = WINDOW_BYTES
@@ -1618,7 +1650,7 @@ class Connection:
         self.out.append(memoryview(os.fsencode(line)))
 
     def send(self, verb: str, words: Sequence[str] = (), paths: Sequence[bytes] = (),
-             payload: Sequence[bytes] = (),
+             payload: Sequence[Any] = (),
              done: Callable[[int, str, List[str]], None] = lambda code, said, values: None) -> None:
         self.number += 1
         length = sum(map(len, payload))
@@ -1631,9 +1663,9 @@ class Connection:
         self.flight.append(Sent(self.number, len(head) + length, now, verb, done))
         self.bytes_in_flight += len(head) + length
         pieces = [head, *payload, self.end] if length else [head]
-        if length < BLOCK:              # one write for a small record
+        if 0 < length < BLOCK and isinstance(payload[0], bytes):        # one write for a small record
             pieces = [b''.join(pieces)]
-        self.out.extend(map(memoryview, pieces))
+        self.out.extend(memoryview(each) if isinstance(each, bytes) else each for each in pieces)
 
     def has_room(self) -> bool:
         """Whether more of the backlog may follow: little enough is on the way that a fresh edit need not wait
@@ -1654,16 +1686,18 @@ class Connection:
         something, writes what can be written, and calls what the answers that came are for."""
         while self.out:                 # most often the pipe takes it at once
             try:
-                count = os.write(self.stdin, self.out[0])
+                first = self.out[0]
+                count = (os.write(self.stdin, first) if isinstance(first, memoryview)
+                         else first.write_to(self.stdin))
             except BlockingIOError:
                 break
             except OSError:
                 raise Lost(self.diagnosis())
             self.moved = time.monotonic()
-            if count == len(self.out[0]):
+            if count == len(first):
                 self.out.popleft()
             else:
-                self.out[0] = self.out[0][count:]
+                self.out[0] = first[count:]
         poll = select.poll()
         for fd in (self.stdout, self.stderr, other):
             if fd is not None:
@@ -1676,7 +1710,7 @@ class Connection:
             if fd == self.stderr:
                 self.hear_complaints()
             elif fd == self.stdout:
-                data = self.process.stdout.read(PIPE_BYTES)
+                data = self.process.stdout.read(BLOCK)
                 if not data:
                     raise Lost(self.diagnosis())
                 self.moved = time.monotonic()
@@ -2546,9 +2580,10 @@ class Replica:
         only the blocks that differ are sent."""
         path, entry = job.step.path, job.step.entry
 
-        def part(where: str, pieces: List[bytes]) -> None:
+        def part(where: str, start: int, length: int) -> None:
             job.unanswered += 1
-            self.far.send('part', (where, job.name), (), pieces, answered)
+            piece = FileSlice(file, start, length, faults)
+            self.far.send('part', (where, job.name), (), [piece], answered)
 
         def answered(code: int, said: str, _: List[str]) -> None:
             job.unanswered -= 1
@@ -2560,34 +2595,27 @@ class Replica:
         except OSError as error:
             self.unreadable(path, error)
             return
-        try:
-            at = 0
-            for at in self.patch(job, fd, part):
-                yield at > 0
-            while at < entry.size and not job.failed:
-                end = min(entry.size, at + self.far.slice_bytes())
-                pieces = [os.pread(fd, min(BLOCK * 4, end - start), start)
-                          for start in range(at, end, BLOCK * 4)]
-                if not pieces[0]:
-                    break               # it shrank
-                part('-' if at else '+', pieces)
-                at += sum(map(len, pieces))
-                self.report.moved(end - at)
-                yield True
-            after = os.fstat(fd)
-        except OSError as error:
-            self.unreadable(path, error)
-            self.far.send('drop', (job.name,))
-            return
-        finally:
-            os.close(fd)
+        file = os.fdopen(fd, 'rb', 0)
+        faults: List[OSError] = []
+        at = 0
+        for at in self.patch(job, fd, part, faults):
+            yield at > 0
+        while at < entry.size and not job.failed:
+            length = min(entry.size - at, self.far.window // 2 // BLOCK * BLOCK)
+            part('-' if at else '+', at, length)
+            at += length
+            self.report.moved(length)
+            yield True
         while job.unanswered:
             yield False
+        after = os.fstat(fd)
         still = (after.st_size, after.st_mtime_ns) == (entry.size, entry.mtime_ns)
         self.unstable[path] = 0 if still else self.unstable.get(path, 0) + 1
-        if job.failed:
+        if faults:
+            self.unreadable(path, faults[0])
+        elif job.failed:
             self.failed(path, job.failed)
-        elif still or self.unstable[path] > 2 and at == entry.size:
+        elif still or self.unstable[path] > 2 and after.st_size >= entry.size:
             if not still:       # it never stands still: this is as good as any, and it will be sent again
                 self.source.hint(path, CONTENT, QUIET_SECONDS, OPEN_SECONDS)
             job.is_staged = True
@@ -2600,7 +2628,8 @@ class Replica:
             self.source.hint(path, CONTENT)
         self.far.send('drop', (job.name,))
 
-    def patch(self, job: Job, fd: int, part: Callable[[str, List[bytes]], None]) -> Iterator[int]:
+    def patch(self, job: Job, fd: int, part: Callable[[str, int, int], None],
+              faults: List[OSError]) -> Iterator[int]:
         """Has the far side stage what stands there, and sends the blocks that differ. Yields how far it came;
         0 while it waits, and at last if there is nothing to begin with: then the file is sent whole."""
         common = min(job.step.entry.size, int(job.step.detail or 0))
@@ -2617,9 +2646,13 @@ class Replica:
         code, _, values = answers[0]
         sums = [value.split()[0] for value in values if value]
         for index, there in enumerate(sums if not code and len(sums) == blocks else ()):
-            data = os.pread(fd, block, index * block)
-            if len(data) == block and hashlib.new(self.can[2][:-3], data).hexdigest() != there:
-                part(str(index * block // BLOCK), [data])
+            try:
+                data = os.pread(fd, block, index * block)
+            except OSError as error:
+                faults.append(error)
+                return
+            if hashlib.new(self.can[2][:-3], data).hexdigest() != there:
+                part(str(index * block // BLOCK), index * block, block)
             yield (index + 1) * block
 
     # ---- answers
