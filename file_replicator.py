@@ -223,8 +223,8 @@ do_part() {
 }
 
 # base NAME BLOCKS SIZE BYTES: stages what stands at the path as NAME, BLOCKS blocks of SIZE bytes, BYTES in
-# all, and says each one's sum. The sums are of the bytes as they were staged, so a change over there meanwhile
-# cannot be patched wrongly; neither can what a full disk left out.
+# all, and says each one's sum. The sums are of the bytes as they were staged, so a change over there
+# meanwhile cannot be patched wrongly; nor can what a full disk left out.
 do_base() {
   solid "$1" && [ -f "$1" ] && [ ! -h "$1" ] || return 2
   umask 077
@@ -1083,6 +1083,8 @@ class Source:
         gone = self.see_all(hints, changed)
         if gone:                        # what went may have come elsewhere: that has its event by now
             self.listen()
+            if self.rules_changed:
+                self.ask_git()          # before the rules are sent: from then on they are taken to hold
             hints, self.hints = self.hints, {}
             gone = [path for path in gone if path not in hints] + self.see_all(hints, changed)
         for path in gone:               # after what came: a directory that moved keeps its watch
