@@ -2688,7 +2688,9 @@ class Replica:
             if step.verb in ('remove', 'rmdir'):
                 known = step.verb == 'rmdir' and step.detail != '?'
                 self.still_there(path, Entry('d', 0o700) if known else UNKNOWN)
-            elif step.verb != 'meta':
+            elif step.verb == 'meta':
+                self.doubt_meta(step)
+            else:
                 self.remote.put(path, UNKNOWN)
             if step.verb == 'move':
                 self.still_there(step.detail)
@@ -2732,14 +2734,16 @@ class Replica:
         """Of a step that left a mode or time as it was: it is not believed, and tried again. A directory's
         time alone, which only its owner may set, is not worth that: it is set when something changes in it
         again."""
-        path, entry = step.path, step.entry._replace(mode=-1, mtime_ns=0)
-        if step.verb == 'meta' and step.detail == 't' and entry.kind == 'd':
-            forget_time(self.remote, path)
-            self.report.notice(path, 'its time could not be set: ' + why)
-            return
-        if (self.remote.get(path) or UNKNOWN).kind == entry.kind:
-            self.remote.put(path, entry)
-        self.failed(path, 'its mode or time could not be set: ' + why, META)
+        if step.verb == 'meta' and step.detail == 't' and step.entry.kind == 'd':
+            self.remote.put(step.path, step.entry._replace(mtime_ns=None))
+            self.report.notice(step.path, 'its time could not be set: ' + why)
+        else:
+            self.doubt_meta(step)
+            self.failed(step.path, 'its mode or time could not be set: ' + why, META)
+
+    def doubt_meta(self, step: Step) -> None:
+        if (self.remote.get(step.path) or UNKNOWN).kind == step.entry.kind:
+            self.remote.put(step.path, step.entry._replace(mode=-1, mtime_ns=0))
 
     def confirm(self, step: Step, took_ms: float) -> None:
         path = step.path
