@@ -1448,7 +1448,7 @@ def believe(listed: Iterable[Tuple[str, Entry]], local: Tree, known: Optional[Tr
             if before is not None and before.kind == entry.kind and (
                     entry.kind == 'd'
                     or before.size == entry.size and same_time(entry.mtime_ns, before.mtime_ns)):
-                entry = before
+                entry = entry._replace(inode=before.inode)
         if not path:
             remote.root = entry
             continue
