@@ -1220,7 +1220,12 @@ class Source:
             entry = entry._replace(mode=entry.mode | 0o700)
         if entry.kind != 'd':
             if status.st_nlink > 1:
-                self.twins.setdefault(entry.inode, set()).update((path, self.names.get(entry.inode, path)))
+                twins = self.twins.setdefault(entry.inode, set())
+                twins.update((path, self.names.get(entry.inode, path)))
+                for twin in twins:
+                    other = self.tree.get(twin)
+                    if other is not None and other.inode == entry.inode and other != entry:
+                        self.hint(twin, LOOK)
             self.names[entry.inode] = path
         if entry.kind == 'f':
             tick_ns = 50 * 10**6 if status.st_mtime_ns % 10**9 else 2 * 10**9      # of a coarse file system
