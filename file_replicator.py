@@ -983,7 +983,7 @@ class Source:
         self.later: Dict[str, Tuple[float, float, int]] = {}    # path: (when, since when, hint)
         self.changed: Dict[str, int] = {}       # to be compared: what is other than before, or was hinted at
         self.now_ns = 0                         # just before what is being looked at
-        self.fresh: Set[str] = set()            # looked at so soon after a change, the next may leave the time
+        self.fresh: Set[str] = set()    # looked at so soon after a change that the next may keep the time
         self.names: Dict[Any, str] = {}         # inode: the path it was last seen at
         self.twins: Dict[Any, Set[str]] = {}    # inode: the paths of a file that has several
         self.unlisted: Set[str] = set() # directories that could not be listed: what is in them is not known
