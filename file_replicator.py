@@ -842,16 +842,15 @@ class LeftOut:
 # ==== 4. Look: what stands here, and where to look again ====================================================
 
 KINDS = {stat.S_IFREG: 'f', stat.S_IFDIR: 'd', stat.S_IFLNK: 'l'}  # all else is 's': a socket, FIFO or device
+LOOKS = 10                      # in a row, while there are new events, before what was seen is sent
 
 
-def entry_of(status: os.stat_result, full: str) -> Entry:
-    """The entry for what was looked at. Raises OSError where a link went away."""
+def entry_of(status: os.stat_result) -> Entry:
+    """The entry for what was looked at, but for where a link leads."""
     mode = status.st_mode
     kind = KINDS.get(mode & 0o170000, 's')
-    inode = status.st_dev, status.st_ino
-    if kind == 'l':
-        return Entry(kind, 0o777, 0, status.st_mtime_ns, os.readlink(full), inode)
-    return Entry(kind, mode & 0o7777, status.st_size if kind == 'f' else 0, status.st_mtime_ns, '', inode)
+    return Entry(kind, mode & 0o7777, status.st_size if kind == 'f' else 0, status.st_mtime_ns, '',
+                 (status.st_dev, status.st_ino))
 
 
 class Watch:
@@ -868,11 +867,10 @@ class Watch:
             return
         try:
             import inotify_simple
-            flags = inotify_simple.flags
+            self.flags = flags = inotify_simple.flags
             self.mask = (flags.CLOSE_WRITE | flags.CREATE | flags.DELETE | flags.MOVED_FROM | flags.MOVED_TO
                          | flags.ATTRIB | flags.MODIFY | flags.DELETE_SELF | flags.MOVE_SELF
                          | flags.ONLYDIR | flags.DONT_FOLLOW | flags.EXCL_UNLINK)
-            self.flags = flags
             self.inotify = inotify_simple.INotify()
         except ImportError:
             self.why_not = 'inotify_simple is not installed; pip install inotify_simple, to react at once'
@@ -898,20 +896,19 @@ class Watch:
                 self.give_up('there are more directories than inotify may watch (%d so far); raise '
                              'fs.inotify.max_user_watches, to react at once' % len(self.paths))
             return                      # gone or unreadable: who lists it will see that
-        if self.paths.get(descriptor, path) != path:
-            self.descriptors.pop(self.paths[descriptor], None)
-        self.paths[descriptor] = path
-        self.descriptors[path] = descriptor
+        if self.descriptors.get(path) != descriptor:
+            self.forget(path)           # another stood there
+            self.descriptors.pop(self.paths.get(descriptor), None)
+            self.paths[descriptor] = path
+            self.descriptors[path] = descriptor
 
     def forget(self, path: str) -> None:
         """Stops watching a directory that is gone from here, or has become left out."""
         descriptor = self.descriptors.pop(path, None)
-        if descriptor is not None and self.paths.get(descriptor) == path:
+        if descriptor is not None:
             del self.paths[descriptor]
-            try:
+            with contextlib.suppress(OSError):      # the kernel may have dropped it with its directory
                 self.inotify.rm_watch(descriptor)
-            except (OSError, AttributeError):
-                pass                    # the kernel dropped it with its directory
 
     def give_up(self, why: str) -> None:
         self.why_not = why
@@ -935,9 +932,7 @@ class Watch:
             if event.mask & flags.Q_OVERFLOW:
                 yield None, '', 0
             elif event.mask & flags.IGNORED:
-                gone = self.paths.pop(event.wd, None)
-                if gone is not None and self.descriptors.get(gone) == event.wd:
-                    del self.descriptors[gone]
+                self.descriptors.pop(self.paths.pop(event.wd, None), None)
             elif event.wd in self.paths:
                 yield self.paths[event.wd], event.name, event.mask
 
@@ -949,20 +944,19 @@ class Source:
         self.root, self.left_out, self.watch, self.report = root, left_out, watch, report
         self.tree = Tree()
         self.identity: Optional[Tuple[int, int]] = None     # the root's, to know it when it comes back
-        self.hints: Dict[str, int] = {}                     # to be looked at now: META, LOOK or CONTENT
+        self.gone = False                       # the root
+        self.hints: Dict[str, int] = {}         # to be looked at now: META, LOOK or CONTENT
         self.later: Dict[str, Tuple[float, float, int]] = {}    # path: (when, since when, hint)
-        # looked at so soon after a change that the next could leave the same time
-        self.fresh: Set[str] = set()
+        self.changed: Dict[str, int] = {}       # to be compared: what is other than before, or was hinted at
+        self.now_ns = 0                         # just before what is being looked at
+        self.fresh: Set[str] = set()    # looked at so soon after a change that the next may keep the time
         self.names: Dict[Any, str] = {}         # inode: the path it was last seen at
         self.twins: Dict[Any, Set[str]] = {}    # inode: the paths of a file that has several
         self.unlisted: Set[str] = set() # directories that could not be listed: what is in them is not known
-        self.now_ns = 0                 # when this look began
         self.own_staging = ''           # the name of this session's staging, which must not turn up here
-        self.rules_changed = False
-        self.forgotten: List[str] = []  # what became left out, for the replica to forget too
-        self.gone = False
-        self.git_is_asked = False       # just now, so that the next look need not
+        self.rules_changed = True       # git is to be asked again
         self.git_asked_ns = 0
+        self.forgotten: List[str] = []  # what became left out, for the replica to forget too
         self.meanwhile: Callable[[], Any] = self.listen     # called now and then by a long scan
 
     def full(self, path: str) -> str:
@@ -980,6 +974,17 @@ class Source:
             when = min(now + delay, since + most) if most else now + delay
             self.later[path] = when, since, max(why, before)
 
+    def hint_everything(self) -> None:
+        """Has everything looked at, and git asked again what is left out."""
+        self.hints[''] = CONTENT
+        self.rules_changed = True
+
+    def hint_other_names(self, entry: Optional[Entry], why: int) -> None:
+        """Of a file with several names an event only tells one: the others are looked at with it."""
+        for path in self.twins.get(entry.inode, ()) if entry is not None else ():
+            if self.changed.get(path, 0) < why:
+                self.hint(path, why)
+
     def listen(self) -> None:
         """Turns what inotify says into hints."""
         if self.watch.fd is None:
@@ -988,7 +993,7 @@ class Source:
         for directory, name, mask in self.watch.read():
             if directory is None:
                 self.report.warn('inotify lost events: looking at everything again')
-                self.hints[''] = CONTENT
+                self.hint_everything()
                 continue
             if directory.startswith('\0'):          # git's own directory, or one above the root
                 self.rules_changed = self.rules_changed or name in ('index', 'exclude', '.gitignore')
@@ -996,27 +1001,26 @@ class Source:
             if name in ('.gitignore', '.git') and self.left_out.ask_git:
                 self.rules_changed = True
             path = (directory + '/' + name if directory else name) if name else directory
-            if name and self.left_out(path, bool(mask & flags.ISDIR)):
-                if mask & (flags.DELETE | flags.MOVED_FROM | flags.CREATE | flags.MOVED_TO):
+            is_directory = bool(mask & flags.ISDIR)
+            comes = mask & (flags.CREATE | flags.MOVED_TO)
+            comes_or_goes = comes or mask & (flags.DELETE | flags.MOVED_FROM)
+            if comes_or_goes:
+                self.hint(directory, META)
+            if name and self.left_out(path, is_directory):
+                if comes_or_goes:
                     self.left_out.ignored.discard(path)
                     self.hint(path, LOOK)
-                    self.hint(directory, META)
                 continue
             if self.report.options.debugging:
                 self.report.debug('event', shown(path), str(flags.from_mask(mask)))
-            if mask & (flags.CREATE | flags.DELETE | flags.MOVED_FROM | flags.MOVED_TO):
-                self.hint(directory, META)
-            if mask & flags.ISDIR:
-                self.hint(path, CONTENT if mask & (flags.CREATE | flags.MOVED_TO) else META)
-            elif mask & (flags.CLOSE_WRITE | flags.DELETE_SELF | flags.MOVE_SELF):
-                self.hint(path, CONTENT if mask & flags.CLOSE_WRITE else META)
-            elif mask & (flags.DELETE | flags.MOVED_FROM | flags.MOVED_TO):
-                self.hint(path, LOOK)
-            elif mask & flags.CREATE and self.complete_at_birth(path):
+            if (mask & flags.CLOSE_WRITE or comes and is_directory
+                    or mask & flags.CREATE and self.complete_at_birth(path)):
                 self.hint(path, CONTENT)
+            elif comes_or_goes and not mask & flags.CREATE:
+                self.hint(path, LOOK)
             elif mask & (flags.MODIFY | flags.CREATE):
                 self.hint(path, CONTENT, QUIET_SECONDS, OPEN_SECONDS if self.tree.get(path) else NEW_SECONDS)
-            elif path in self.later:
+            elif path in self.later and not is_directory:
                 self.hint(path, META, QUIET_SECONDS, OPEN_SECONDS)
             else:
                 self.hint(path, META)
@@ -1031,23 +1035,23 @@ class Source:
 
     def due(self, now: float) -> Optional[float]:
         """Makes hints of what was put off until now. Seconds until the next one; None for none."""
-        if not self.later:
-            return None
         for path in [path for path, (when, _, _) in self.later.items() if when <= now]:
-            self.hint(path, self.later[path][2])
-        return min((when for when, _, _ in self.later.values()), default=now) - now
+            self.hint(path, META)
+        return min((when - now for when, _, _ in self.later.values()), default=None)
 
     def ask_git(self) -> None:
-        """Has git say anew what is left out, unless it just did. RACE: a rule that changes between that and
-        the watch on where it stands is noticed by its time (see note_fresh); but for git's own index: then by
-        its next change."""
-        if self.git_is_asked and not self.rules_changed or not os.path.isdir(self.root):
-            self.git_is_asked = False
+        """Has git say anew what is left out. What became so goes from the tree, but stays at the replica,
+        untouched: see `forgotten`. RACE: a rule that changes between that and the watch on where it stands
+        is noticed by its time (see `see`); but for git's own index: then by its next change."""
+        if not os.path.isdir(self.root):
             return
-        self.rules_changed, self.git_is_asked = False, not self.git_asked_ns
+        self.rules_changed = False
         self.git_asked_ns = time.time_ns()
         if self.left_out.refresh():
-            self.forget_left_out()
+            below = list(self.tree.below(''))
+            for path in [path for path in below if self.left_out(path, self.tree.is_directory(path))]:
+                self.lose(path)
+                self.forgotten.append(path)
             self.hints[''] = CONTENT
         for git in self.left_out.git.values():
             own = [git.directory, os.path.join(git.directory, 'info'), *git.above] if git.directory else []
@@ -1055,95 +1059,117 @@ class Source:
                 self.watch.follow('\0' + directory, directory)
 
     def look(self) -> Dict[str, int]:
-        """As look_at_hints; what an error kept from being looked at is looked at the next time."""
-        try:
-            return self.look_at_hints()
-        except BaseException:
-            self.hints[''] = CONTENT
-            raise
-
-    def look_at_hints(self) -> Dict[str, int]:
         """Looks at all hints. Returns the paths where something is to be compared, and why; each path that
-        went from or came below a directory too. An error is said and leaves things as they were last seen:
-        what cannot be read is not gone."""
+        went from or came below a directory too. What cannot be read is not gone; what an error kept from
+        being looked at is looked at the next time."""
         if not self.root_is_there():
             return {}
-        changed: Dict[str, int] = {}
-        if self.rules_changed or self.hints.get('') == CONTENT:
-            self.ask_git()
-        hints, self.hints = self.hints, {}
-        self.now_ns = time.time_ns()
-        for path in list(hints) if self.twins else ():
-            entry = self.tree.get(path)
-            for twin in self.twins.get(entry.inode, ()) if entry is not None else ():
-                hints[twin] = max(hints[path], hints.get(twin, 0))
-        if hints.get('') == CONTENT:
-            hints = {**dict.fromkeys(self.fresh, CONTENT), **hints}
-            self.fresh.clear()
-        gone = self.see_all(hints, changed)
-        if gone:                        # what went may have come elsewhere: that has its event by now
-            self.listen()
-            if self.rules_changed:
-                self.ask_git()          # before the rules are sent: from then on they are taken to hold
-            hints, self.hints = self.hints, {}
-            gone = [path for path in gone if path not in hints] + self.see_all(hints, changed)
-        for path in gone:               # after what came: a directory that moved keeps its watch
-            self.lose(path, changed)
+        try:
+            # What went may have come elsewhere, even while we looked: that has its event by now.
+            for _ in range(LOOKS):
+                self.look_at_hints()
+                self.listen()
+                if not self.hints:
+                    break
+        except BaseException:
+            self.hint_everything()
+            raise
+        if not self.root_is_there():    # then what seemed to be gone may not be
+            return {}
+        for path in self.watch.descriptors.keys() & self.changed.keys():
+            if not self.tree.is_directory(path):        # only now: one that moved has kept its watch
+                self.watch.forget(path)
+        changed, self.changed = self.changed, {}
         return changed
 
-    def see_all(self, hints: Dict[str, int], changed: Dict[str, int]) -> List[str]:
-        """Takes note of what stands at these paths; returns those where there is nothing to be replicated."""
-        self.left_out.ask([path for path in hints if path and self.tree.get(path) is None
-                           and self.tree.is_directory(parent(path)) and not self.left_out(path, False)])
-        gone = []
+    def look_at_hints(self) -> None:
+        if self.rules_changed:
+            self.ask_git()
+        if self.hints.get('') == CONTENT:
+            self.hints.update(dict.fromkeys(self.fresh, CONTENT))
+            self.fresh.clear()
+        for path, why in list(self.hints.items()) if self.twins else ():
+            self.hint_other_names(self.tree.get(path), why)
+        hints, self.hints = self.hints, {}
+        for path, why in hints.items():
+            self.changed[path] = max(why, self.changed.get(path, 0))
+        if self.left_out.git:
+            self.left_out.ask([path for path in hints if path and self.tree.get(path) is None
+                               and self.tree.is_directory(parent(path)) and not self.left_out(path, False)])
+        self.now_ns = time.time_ns()
         for path in sorted(hints):
             if path and not self.tree.is_directory(parent(path)):
-                continue                # what is above it is left out, gone, or looked at first
-            entry = self.entry_at(path)
-            if entry is UNKNOWN:
-                continue
-            if (entry is None or path and self.left_out(path, entry.kind == 'd')
-                    or not self.admits(path, entry)):
-                gone.append(path)
-            else:
-                self.see(path, entry, hints[path], changed)
-        return gone
+                continue                # what is above it is left out or gone
+            if self.see(path, functools.partial(os.stat, self.full(path)), hints[path]):
+                self.scan(path)
 
-    def entry_at(self, path: str) -> Optional[Entry]:
-        """What stands there: None for nothing, UNKNOWN if that cannot be said (and it was said why)."""
-        full = self.full(path)
+    def see(self, path: str, status_of: Callable[..., os.stat_result], why: int = 0) -> bool:
+        """Takes note of what stands at a path, as `status_of` says (os.stat of it); with `why` because of a
+        hint, else in the listing of its directory, where it was asked already if it is left out. Returns
+        whether it is a directory to be listed. An error is said and leaves it as it was last seen. A file
+        looked at within a tick of its last change may change again and keep its time: git calls it racily
+        clean. Its size and time prove nothing, so when events were lost, or at a new connection, it is sent
+        again. Raises Stop at our own staging."""
         try:
-            entry = self.examine(path, os.stat(full) if not path else os.lstat(full))
-            self.report.solved(path, 'look')
-            return entry
+            status = status_of(follow_symlinks=not path)
+            entry = entry_of(status)
+            kind = entry.kind
+            if kind == 'l':
+                entry = entry._replace(mode=0o777, target=os.readlink(self.full(path)))
         except (FileNotFoundError, NotADirectoryError):
-            return None
+            self.lose(path)
+            return False
         except OSError as error:
             self.report.problem(path, 'cannot be looked at: ' + error.strerror, 'look')
-            return UNKNOWN
-
-    def see(self, path: str, entry: Entry, why: int, changed: Dict[str, int]) -> None:
-        """Takes note of what stands at a path."""
-        before = self.tree.get(path)
-        if before is not None and before.kind == 'd' and (entry.kind != 'd' or before.inode != entry.inode):
-            self.lose(path, changed)
-            why = CONTENT
-        self.tree.put(path, entry)
-        changed[path] = max(why, changed.get(path, 0))
+            self.unlisted.add(parent(path))
+            return False
+        self.report.solved(path, 'look')
+        if not path:                    # however closed it is here, we must not lock ourselves out there
+            entry = entry._replace(mode=entry.mode | 0o700)
+        elif (why and self.left_out(path, kind == 'd')
+              or (kind == 's' or '.file_replicator.' in path) and not self.admits(path, kind)):
+            self.lose(path)
+            return False
+        if kind == 'f':
+            tick_ns = 50 * 10**6 if entry.mtime_ns % 10**9 else 2 * 10**9       # of a coarse file system
+            if abs(self.now_ns - entry.mtime_ns) < tick_ns:
+                self.fresh.add(path)
+            if path.endswith('.gitignore') and self.left_out.ask_git:
+                self.left_out.check_git(path)
+                self.rules_changed = self.rules_changed or entry.mtime_ns > self.git_asked_ns
+        above, _, name = path.rpartition('/')
+        names = self.tree.folders[above]
+        before = names.get(name) if path else self.tree.root
+        if before != entry:
+            self.changed.setdefault(path, LOOK)
+            if before is not None and before.kind == 'd' and kind != 'd':
+                self.lose(path)
+            if kind == 'd':
+                self.tree.put(path, entry)
+            else:
+                names[name] = entry
+        if kind != 'd':
+            if status.st_nlink > 1:
+                paths = self.twins.setdefault(entry.inode, set())
+                paths.update((path, self.names.get(entry.inode, path)))
+                self.hint_other_names(entry, self.changed.get(path, 0))
+            self.names[entry.inode] = path
         # What could not be listed may be by now, and the other way round.
-        if entry.kind == 'd' and (why == CONTENT or before is None or before.kind != 'd'
-                                  or path in self.unlisted
-                                  or not os.access(self.full(path), os.R_OK | os.X_OK)):
-            self.scan(path, changed, everything=not path)
+        return kind == 'd' and (why in (0, CONTENT) or before is None or before.kind != 'd'
+                                or before.inode != entry.inode or path in self.unlisted
+                                or not os.access(self.full(path), os.R_OK | os.X_OK))
 
-    def lose(self, path: str, changed: Dict[str, int]) -> None:
+    def lose(self, path: str) -> None:
+        """Takes note that there is nothing to be replicated at a path. RACE: a root that is gone by now is
+        seen at the end of the look; nothing is removed for it."""
+        if not path:
+            return
         for below in [path, *self.tree.below(path)]:
-            changed.setdefault(below, LOOK)
-            self.watch.forget(below)
-            self.later.pop(below, None)
+            later = self.later.pop(below, (0, 0, 0))[2]
+            self.changed[below] = max(LOOK, later, self.changed.get(below, 0))
         self.tree.put(path, None)
 
-    def scan(self, top: str, changed: Dict[str, int], everything: bool = False) -> None:
+    def scan(self, top: str) -> None:
         """Lists a directory and all below it, watching each before it is listed, and takes note of what is
         other than before. RACE: what changes behind us is in the events; what vanishes before us is seen as
         not there."""
@@ -1152,97 +1178,50 @@ class Source:
         choosy = self.left_out.ask_git or bool(self.left_out.patterns)
         while stack:
             directory = stack.pop()
+            full = self.full(directory)
             prefix = directory + '/' if directory else ''
+            self.now_ns = time.time_ns()
             self.watch.follow(directory)
             try:
                 if self.watch.fd is not None:   # what came into it before it was watched changed its time
-                    entry = self.examine(directory, os.stat(self.full(directory)))
-                    if entry != self.tree.get(directory) and entry.kind == 'd':
-                        self.tree.put(directory, entry)
-                        changed.setdefault(directory, META)
-                with os.scandir(self.full(directory)) as listed:
+                    self.see(directory, functools.partial(os.stat, full))
+                with os.scandir(full) as listed:
                     found = {item.name: item for item in listed}
             except (FileNotFoundError, NotADirectoryError):
-                continue                # its own event will tell
+                self.hint(directory, LOOK)
+                continue
             except OSError as error:
                 self.report.problem(directory, 'cannot be listed, so nothing in it is replicated or removed: '
                                     + error.strerror, 'look')
                 self.unlisted.add(directory)
                 continue
+            names = self.tree.folders.get(directory)
+            if names is None:           # it was replaced
+                continue
             self.report.solved(directory, 'look')
             self.unlisted.discard(directory)
             self.left_out.enter(directory, found)
-            names = self.tree.folders[directory]
-            if not everything and self.left_out.git:
+            if top and self.left_out.git:       # it was just asked about all that is in the root
                 self.left_out.ask([prefix + name for name in found if name not in names])
+            if choosy:
+                found = {name: item for name, item in found.items()
+                         if not self.left_out(prefix + name, item.is_dir(follow_symlinks=False))}
             for name in [name for name in names if name not in found]:
-                self.lose(prefix + name, changed)
+                self.lose(prefix + name)
             for name, item in found.items():
-                path = prefix + name
-                try:
-                    is_directory = item.is_dir(follow_symlinks=False)
-                    if choosy and self.left_out(path, is_directory):
-                        if name in names:
-                            self.lose(path, changed)
-                        continue
-                    entry = self.examine(path, item.stat(follow_symlinks=False))
-                    self.report.solved(path, 'look')
-                except FileNotFoundError:
-                    continue
-                except OSError as error:
-                    self.report.problem(path, 'cannot be looked at: ' + error.strerror, 'look')
-                    self.unlisted.add(directory)
-                    continue
-                before = names.get(name)
-                odd = entry.kind == 's' or name.startswith('.file_replicator.')
-                if odd and not self.admits(path, entry):
-                    self.lose(path, changed)
-                    continue
-                if before != entry:
-                    if before is not None and before.kind == 'd' and not is_directory:
-                        self.lose(path, changed)
-                    names[name] = entry
-                    changed.setdefault(path, LOOK)
-                if is_directory:
-                    self.tree.folders.setdefault(path, {})
-                    stack.append(path)
+                if self.see(prefix + name, item.stat):
+                    stack.append(prefix + name)
             tick += 1
             if tick % 64 == 0:
                 self.meanwhile()        # a long scan must not let the kernel's queues run full
 
-    def examine(self, path: str, status: os.stat_result) -> Entry:
-        """An entry, with notes. A file looked at within a tick of its last change may change again and keep
-        its time: git calls it racily clean. Its size and time prove nothing, so when events were lost, or at
-        a new connection, it is sent again. Of a file with several names an event only tells one; the others
-        are looked at with it."""
-        entry = entry_of(status, self.full(path))
-        if not path:                    # however closed it is here, we must not lock ourselves out there
-            entry = entry._replace(mode=entry.mode | 0o700)
-        if entry.kind != 'd':
-            if status.st_nlink > 1:
-                twins = self.twins.setdefault(entry.inode, set())
-                twins.update((path, self.names.get(entry.inode, path)))
-                for twin in twins:
-                    other = self.tree.get(twin)
-                    if other is not None and other.inode == entry.inode and other != entry:
-                        self.hint(twin, LOOK)
-            self.names[entry.inode] = path
-        if entry.kind == 'f':
-            tick_ns = 50 * 10**6 if status.st_mtime_ns % 10**9 else 2 * 10**9      # of a coarse file system
-            if abs(self.now_ns - status.st_mtime_ns) < tick_ns:
-                self.fresh.add(path)
-            if path.endswith('.gitignore') and self.left_out.ask_git:
-                self.left_out.check_git(path)
-                self.rules_changed = self.rules_changed or status.st_mtime_ns > self.git_asked_ns
-        return entry
-
-    def admits(self, path: str, entry: Entry) -> bool:
+    def admits(self, path: str, kind: str) -> bool:
         """Whether this is something that can be replicated; says if it is not. Raises Stop at our own
         staging."""
         name = path.rpartition('/')[2]
-        if name and self.own_staging and name.startswith(self.own_staging):
+        if self.own_staging and name.startswith(self.own_staging):
             raise Stop('the replica is inside of what it replicates: choose another destination')
-        if entry.kind == 's':
+        if kind == 's':
             self.report.notice(path, 'is left out: it is no file, directory or link')
         elif STAGING.fullmatch(name):
             self.report.notice(path, 'is left out: it is named as our staging is')
@@ -1250,22 +1229,14 @@ class Source:
             return True
         return False
 
-    def forget_left_out(self) -> None:
-        """Drops from the tree what is left out by now. It stays at the replica, untouched: see
-        `forgotten`."""
-        below = list(self.tree.below(''))
-        for path in [path for path in below if self.left_out(path, self.tree.is_directory(path))]:
-            self.lose(path, {})
-            self.forgotten.append(path)
-
     def root_is_there(self) -> bool:
         """Whether the source can be trusted to be what it was. One that is gone, or empty where another file
         system was, is not a source that was emptied: nothing is removed over there, and it is looked for
         every second."""
         try:
             status = os.stat(self.root)
-            identity = (status.st_dev, status.st_ino)
-            there = stat.S_ISDIR(status.st_mode) and (identity == self.identity or self.identity is None
+            identity = status.st_dev, status.st_ino
+            there = stat.S_ISDIR(status.st_mode) and (self.identity in (None, identity)
                                                       or bool(os.listdir(self.root)))
         except OSError:
             there = False
@@ -1273,12 +1244,12 @@ class Source:
             self.report.problem('', 'is gone, or empty and not what it was: nothing is removed over there, '
                                 'and it is replicated again once it is back', 'root')
             self.gone = True
-            waiting, self.hints = self.hints, {}
-            for path, why in {**waiting, '': CONTENT}.items():
+            waiting, self.hints = {**self.hints, '': CONTENT}, {}
+            for path, why in waiting.items():
                 self.hint(path, why, 1)
             return False
-        if self.gone or identity != self.identity:
-            self.hints[''] = CONTENT
+        if self.gone or self.identity not in (None, identity):
+            self.hint_everything()
             self.report.solved('', 'root')
         self.gone, self.identity = False, identity
         return True
@@ -2545,6 +2516,12 @@ class Replica:
             else:       # it never stands still: this is as good as any, and it will be sent again
                 data = data[:before.st_size]
                 self.source.hint(path, CONTENT, QUIET_SECONDS, OPEN_SECONDS)
+            if len(data) != step.entry.size or before.st_mtime_ns != step.entry.mtime_ns:
+                entry = entry_of(before)._replace(size=len(data))
+                self.source.tree.put(path, entry)
+                self.remote.put(path, entry)
+                step = step._replace(entry=entry)
+            return step, data
         except OSError as error:
             self.unreadable(path, error)
             return None
@@ -2846,7 +2823,7 @@ def keep_in_step(options: Options, source: Source, replica: Replica, hooks: Hook
             if source.watch.why_not:
                 report.notice('', 'is looked at every %g seconds: %s' % (poll_seconds, source.watch.why_not))
             if now >= next_look:
-                source.hint('', CONTENT)
+                source.hint_everything()
                 next_look = now + poll_seconds
             wait = min(next_look - now, wait if wait is not None else 1e9)
         if (source.hints or source.rules_changed) and not replica.far.is_crowded():

@@ -1151,8 +1151,79 @@ def test_a_directory_is_watched_before_its_time_is_taken(shared_watch):
             shared_watch.equal(5, 'late')
 
 
+def looked_at(top):
+    """A Source that watches a directory, after its first look."""
+    options = fr.parse(['--quiet', '--no-gitignore', top, '/nowhere', 'true'])
+    source = fr.Source(top, fr.LeftOut(top, (), False), fr.Watch(top, True), fr.Report(options))
+    source.hint('', fr.CONTENT)
+    source.look()
+    return source
+
+
+def look_again(source):
+    source.listen()
+    return source.look()
+
+
+def test_another_name_of_a_file_and_a_change_through_it_are_seen_in_one_look(tmp_path):
+    """An event tells only the name that was used: without the other one the older bytes would stay there."""
+    top = str(tmp_path / 'source')
+    write(top + '/f', 'first')
+    source = looked_at(top)
+    os.link(top + '/f', top + '/h')
+    write(top + '/h', 'other')
+    assert look_again(source)['f'] == fr.CONTENT
+    write(top + '/h', 'third')
+    os.unlink(top + '/h')
+    assert look_again(source)['f'] == fr.CONTENT
+    source.watch.give_up('the end')
+
+
+@pytest.mark.parametrize('moved', ['f', 'd'])
+def test_bytes_that_changed_just_before_a_rename_are_sent(moved, tmp_path):
+    """Size and time may be the same, so the rename alone would leave the older bytes there."""
+    top = str(tmp_path / 'source')
+    write(top + '/f', 'one')
+    write(top + '/d/f', 'one')
+    source = looked_at(top)
+    remote = fr.Tree()
+    for step in fr.plan(remote, source.tree, dict.fromkeys(['', *source.tree.below('')], fr.LOOK)):
+        assert step.verb != 'move'
+    path = {'f': 'f', 'd': 'd/f'}[moved]
+    status = os.stat(os.path.join(top, path))
+    write(os.path.join(top, path), 'two', mtime_ns=status.st_mtime_ns)
+    os.rename(os.path.join(top, moved), top + '/e')
+    steps = fr.plan(remote, source.tree, look_again(source))
+    assert ('file', {'f': 'e', 'd': 'e/f'}[moved]) in [(step.verb, step.path) for step in steps]
+    source.watch.give_up('the end')
+
+
+def test_a_source_that_goes_away_in_the_midst_of_a_look_is_not_a_source_emptied(tmp_path):
+    top = str(tmp_path / 'source')
+    write(top + '/d/f')
+    source = looked_at(top)
+    check = source.root_is_there
+
+    def there_but_then_gone():
+        there = check()
+        if os.path.isdir(top):
+            os.rename(top, top + '.old')
+        return there
+
+    source.root_is_there = there_but_then_gone
+    source.hint('', fr.LOOK)
+    source.hint('d', fr.LOOK)
+    assert source.look() == {} and source.gone and source.tree.root is not None
+    source.root_is_there = check
+    os.rename(top + '.old', top)
+    source.due(time.monotonic() + 2)
+    assert {'', 'd', 'd/f'} <= set(source.look()) and source.tree.get('d/f') is not None
+    source.watch.give_up('the end')
+
+
 @pytest.mark.parametrize('change', [
-    'mv d e', 'mv d/sub sub', 'mv d/sub d/renamed; mv d e'
+    'mv d e', 'mv d/sub sub', 'mv d/sub d/renamed; mv d e',
+    'mv d e; mv e/sub e/renamed; mv e f', 'mkdir n; mv d n/; mv n/d/sub n/'
 ])
 def test_a_renamed_directory_is_not_sent_again(change, tmp_path):
     def prepare(source):
