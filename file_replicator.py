@@ -1541,7 +1541,8 @@ class Sent(NamedTuple):
 
 class FileSlice:
     """Bytes of a file on their way into a pipe, by sendfile: nothing is copied here. What changes in the file
-    before they are over there changes in them too, so the file is to be looked at again once they are answered.
+    before they are over there changes in them too, so the file is to be looked at again once they are
+    answered.
     Of a file that shrank, or cannot be read any more (`faults` says so), zeros are sent for the rest."""
 
     def __init__(self, file: Any, start: int, length: int, faults: List[OSError]):
