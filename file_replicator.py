@@ -1424,7 +1424,8 @@ def believe(listed: Iterable[Tuple[str, Entry]], local: Tree, known: Optional[Tr
             if before is not None and before.kind == entry.kind and (
                     entry.kind == 'd'
                     or before.size == entry.size and same_time(entry.mtime_ns, before.mtime_ns)):
-                entry = entry._replace(inode=before.inode)
+                same = same_time(entry.mtime_ns, before.mtime_ns)
+                entry = entry._replace(inode=before.inode, mtime_ns=(before if same else entry).mtime_ns)
         if not path:
             remote.root = entry
             continue
@@ -2309,7 +2310,7 @@ class Replica:
         entries = {path: local.get(path) for path in changed}
         size = sum(here.size for here in entries.values() if here is not None and here.size <= BULK_BYTES)
         self.report.expect(entries.values())
-        if len(changed) > BULK_PATHS or size > BULK_BYTES * 4:
+        if (len(changed) > BULK_PATHS or size > BULK_BYTES * 4) and not self.options.dry_run:
             first = {path: why for path, why in changed.items() if entries[path] is None}
             movable = {remote.get(below).inode for path in first if remote.get(path) is not None
                        for below in (path, *remote.below(path))} - {None}
@@ -2731,7 +2732,8 @@ class Replica:
     def confirm(self, step: Step, took_ms: float) -> None:
         path = step.path
         self.report.solved(path, 'send')
-        self.tries.pop(path, None)
+        if self.tries.pop(path, None) is not None and path in self.source.later:
+            self.source.hint(path, META)        # it need not wait for its next try
         if step.verb == 'meta' and 'm' not in step.detail and step.entry.kind != 'f':
             return                      # a directory's time changes with what is in it: not worth a line
         self.confirmed.append(path)
