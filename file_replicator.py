@@ -2391,6 +2391,9 @@ class Replica:
              payload: Sequence[bytes] = ()) -> None:
         when = time.monotonic()
         self.flying[id(steps)] = steps
+        for step in steps if verb not in ('bulk', 'meta') else ():      # they change a directory's time
+            for path in (step.path, step.detail):       # of a move: from where
+                self.settled.pop(parent(path), None)
         number = self.far.number + 1
         self.far.send(verb, words, paths, payload,
                       lambda code, said, _: self.answered(number, steps, when, code, said))
@@ -2445,7 +2448,6 @@ class Replica:
 
     def send_one(self, step: Step, data: bytes, name: str = '-') -> None:
         """One by itself; of a file its bytes, or the name under which it is staged."""
-        self.settled.pop(parent(step.path), None)
         entry, path = step.entry, wire(step.path)
         if step.verb == 'file':         # the umask alone gives a new file most modes
             mode = '-' if name == '-' and not entry.mode & ~0o666 else '%05o' % entry.mode

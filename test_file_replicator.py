@@ -2898,6 +2898,19 @@ def test_files_rewritten_all_the_time_do_not_keep_others_waiting_and_arrive_them
         until_equal(source, far + '/src', running=running)
 
 
+def test_a_new_directory_keeps_its_time_when_something_is_moved_into_it_at_once(tmp_path):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/old/in', 'data')
+    os.mkdir(far)
+    with Running(tmp_path, source, far, 'bash') as running:
+        running.process.send_signal(signal.SIGSTOP)
+        for name in 'abcd':
+            write('%s/new/%s' % (source, name), name)
+        os.rename(source + '/old', source + '/new/old')
+        running.process.send_signal(signal.SIGCONT)
+        until_equal(source, far + '/src', running=running)
+
+
 def test_special_files_are_named_once_and_never_opened(tmp_path):
     import inotify_simple
     source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
