@@ -2905,7 +2905,7 @@ def test_a_new_directory_keeps_its_time_when_something_is_moved_into_it_at_once(
     with Running(tmp_path, source, far, 'bash') as running:
         running.process.send_signal(signal.SIGSTOP)
         for name in 'abcd':
-            write('%s/new/%s' % (source, name), name)
+            os.makedirs('%s/new/%s' % (source, name))
         os.rename(source + '/old', source + '/new/old')
         running.process.send_signal(signal.SIGCONT)
         until_equal(source, far + '/src', running=running)
