@@ -1854,7 +1854,10 @@ class Connection:
         self.process.stdin.close()
         for patience, number in ((0 if self.at_rest else 0.4, signal.SIGTERM), (0.4, signal.SIGKILL)):
             end = time.monotonic() + patience
-            while self.signal(0) and time.monotonic() < end:
+            # With nothing half-way over there, what the command itself started need not be waited for: whoever
+            # inherits it may take his time to see that it ended.
+            while ((self.process.poll() is None if self.at_rest else self.signal(0))
+                   and time.monotonic() < end):
                 self.process.stdout.read(PIPE_BYTES)    # who cannot write cannot end either
                 time.sleep(0.002)
             self.signal(number)
