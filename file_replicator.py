@@ -2290,7 +2290,9 @@ class Replica:
         self.is_staged = False
         self.far.send('rest')
         forget_time(self.remote, '')
+        announced = self.announced
         self.send({'': META})
+        self.announced = announced      # that is no news
 
     # ---- sending
 
@@ -2868,7 +2870,7 @@ class Retry:
 
     def connected(self) -> None:
         if self.lost:
-            self.report.warn('connected again')
+            self.report.warn('connected again' if self.since else 'connected')
         self.lost, self.since = False, time.monotonic()
 
     def wait(self, why: Lost, source: Source) -> None:
@@ -2952,14 +2954,14 @@ def make_parser() -> argparse.ArgumentParser:
 
     what = parser.add_argument_group('what is replicated').add_argument
     what('--gitignore', **yes, default=True, help='leave out what git ignores, and .git (default)')
-    what('--no-gitignore', **no, dest='gitignore', help='leave out nothing that git ignores')
+    what('--no-gitignore', **no, dest='gitignore', help='send what git ignores too, and .git')
     what('--exclude', metavar='PATTERN', action='append', default=[], type=exclude_pattern, dest='excludes',
          help='leave out, and never touch there: NAME at any depth, /PATH from SRC_DIR, DIR/ only '
               'directories; * ? [] within a name, ** across (repeatable; default: none)')
     what('--clean-out-first', **yes, dest='clean_out',
-         help='empty the replica first, dot-files too (default: no)')
+         help='empty the replica first, of dot-files and what is left out too (default: no)')
     what('--mirror', **yes, help='also remove what is there and not here (default: no)')
-    what('--no-delete', **yes, help='remove nothing there (default: what goes here goes there)')
+    what('--no-delete', **yes, help='remove nothing there (default: what goes here while it runs goes there)')
     what('--checksum', **yes, help='when connecting compare contents, not size and time (default: no)')
     what('--dry-run', **yes, help='connect, compare, print what would be done, change nothing (default: no)')
 
@@ -2974,11 +2976,12 @@ def make_parser() -> argparse.ArgumentParser:
          help='look at everything at this interval instead of using inotify (default: inotify)')
     when('--update-interval', metavar='SECONDS', type=positive_seconds, default=0,
          help='send a file that keeps changing at most this often (default: each change)')
-    when('--wait', **yes, help='keep trying until the far side is up (default: only once it was)')
+    when('--wait', **yes, help='keep trying if the first connection fails (default: end; a later one is always made again)')
 
     after = parser.add_argument_group('after something was replicated').add_argument
     after('--hook', metavar='COMMAND', default='',
-          help='run this here, through the shell; the paths on its input, NUL-separated (default: none)')
+          help='run this here, through the shell, where this was started; the paths on its input, '
+               'NUL-separated (default: none)')
     after('--remote-hook', metavar='COMMAND', default='',
           help='the same over there, in the replica (default: none)')
 
@@ -3024,6 +3027,8 @@ def parse(argv: Sequence[str]) -> Options:
         raise SystemExit(0)
     if len(places) < 2 or not command:
         parser.error('needs SRC_DIR, DEST_PARENT_DIR and CONNECTION_COMMAND; see --help')
+    if given.no_delete and (given.mirror or given.clean_out):
+        parser.error('--no-delete goes neither with --mirror nor with --clean-out-first')
     source = os.path.abspath(places[0])
     name = os.path.basename(source)
     if not os.path.isdir(source):
