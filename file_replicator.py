@@ -1854,8 +1854,8 @@ class Connection:
         self.process.stdin.close()
         for patience, number in ((0 if self.at_rest else 0.4, signal.SIGTERM), (0.4, signal.SIGKILL)):
             end = time.monotonic() + patience
-            # With nothing half-way over there, what the command itself started need not be waited for: whoever
-            # inherits it may take his time to see that it ended.
+            # With nothing half-way over there, what the command itself started need not be waited for:
+            # whoever inherits it may take his time to see that it ended.
             while ((self.process.poll() is None if self.at_rest else self.signal(0))
                    and time.monotonic() < end):
                 self.process.stdout.read(PIPE_BYTES)    # who cannot write cannot end either
@@ -2976,7 +2976,9 @@ def make_parser() -> argparse.ArgumentParser:
          help='look at everything at this interval instead of using inotify (default: inotify)')
     when('--update-interval', metavar='SECONDS', type=positive_seconds, default=0,
          help='send a file that keeps changing at most this often (default: each change)')
-    when('--wait', **yes, help='keep trying if the first connection fails (default: end; a later one is always made again)')
+    when('--wait', **yes,
+         help='keep trying if the first connection fails (default: end; a later one is always made '
+              'again)')
 
     after = parser.add_argument_group('after something was replicated').add_argument
     after('--hook', metavar='COMMAND', default='',
