@@ -1586,7 +1586,7 @@ class Churn:
 
 
 @pytest.mark.parametrize(
-    'kind', ['bash', 'dash', 'bash, a tiny queue', 'bash, no tar', 'chroot of busybox', 'docker'])
+    'kind', ['bash', 'dash', 'bash, a tiny queue', 'bash, no tar', 'chroot of busybox', 'ssh bash', 'docker'])
 def test_after_random_changes_and_cut_connections_the_replica_is_the_same(kind, request, tmp_path):
     """CHURN_SECONDS is how long (5), SEED replays a run; it is in the test's output, with the figures."""
     kind, tiny, _ = kind.partition(', a tiny queue')
