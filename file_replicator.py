@@ -2232,8 +2232,7 @@ class Replica:
             if step.verb in ('remove', 'rmdir'):        # what was about to go may still be there
                 self.still_there(step.path)
             elif step.verb == 'move':
-                for path in [step.path, *self.remote.below(step.path)]:
-                    self.still_there(step.detail + path[len(step.path):])
+                self.still_where_it_was(step)
             elif step.verb == 'file':
                 self.source.hint(step.path, CONTENT)
         self.known = self.known or self.remote
@@ -2682,10 +2681,10 @@ class Replica:
             elif step.verb == 'meta':
                 self.doubt_meta(step)
             else:
+                if step.verb == 'move':
+                    self.still_where_it_was(step)
+                    self.again(step.detail)
                 self.remote.put(path, UNKNOWN)
-            if step.verb == 'move':
-                self.still_there(step.detail)
-                self.again(step.detail)
             if drifted:
                 continue                # all is compared anew
             if len(steps) > 1 or step.verb == 'move':
@@ -2707,6 +2706,11 @@ class Replica:
             self.remote.put(above, Entry('d', 0o700))
         if self.remote.get(path) is None:
             self.remote.put(path, entry)
+
+    def still_where_it_was(self, step: Step) -> None:
+        """Takes back a move, with all that is below."""
+        for path in [step.path, *self.remote.below(step.path)]:
+            self.still_there(step.detail + path[len(step.path):])
 
     def again(self, path: str, delay: float = 0, hint: int = CONTENT) -> None:
         """Has a path compared and sent again, a directory without all that is in it."""
