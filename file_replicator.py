@@ -376,7 +376,7 @@ do_probe() {
     can='tar'
     [ "$(stat -c %Y "$stage/x/p")" != 1 ] || can=tar+
   fi
-  for sum in sha256sum sha1sum md5sum -; do ! "$sum" </dev/null >/dev/null 2>&1 || break; done
+  find_sum
   rm -rf "$stage/x" "$stage/p"
   echo "$nonce + $can $fine $sum $taker"
 }
@@ -391,6 +391,11 @@ find_tool() {
     [ ! -x "$found" ] || return 0
   done
   return 1
+}
+
+# Sets sum to the best tool there is that makes sums, or to -.
+find_sum() {
+  for sum in sha256sum sha1sum md5sum -; do ! "$sum" </dev/null >/dev/null 2>&1 || break; done
 }
 
 # Lists the replica: kind, mode, size, time, file system, path, two slashes, where a link leads. The arguments
@@ -417,7 +422,7 @@ list_mounts() {
 
 # Lists the sums of all files.
 list_sums() {
-  for sum in sha256sum sha1sum md5sum -; do ! "$sum" </dev/null >/dev/null 2>&1 || break; done
+  find_sum
   echo "$nonce sums $sum"
   find . "$@" -type f -exec "$sum" {} + 2>/dev/null
 }
@@ -503,7 +508,7 @@ main() {
 BULK_BYTES = 1 << 20            # the largest file that travels whole
 BULK_PATHS = 1000               # in one record, at most
 SLICE_BYTES = 4 << 20           # of the backlog in one record, at most: large ones save processes over there
-LIST_PATHS = 128                # paths in one remove, rmdir, dir or meta record
+LIST_PATHS = 128                # paths in one remove, rmdir or meta record
 BLOCK = 1 << 16                 # parts of a large file begin at multiples of this
 JOBS = 8                        # large files on their way at once
 PIPE_BYTES = 1 << 20            # asked of the kernel for the pipes to the connection command
@@ -548,6 +553,11 @@ class Entry(NamedTuple):
 
 
 UNKNOWN = Entry('?')
+
+
+def bulk_size(entry: Optional[Entry]) -> int:
+    """How many of its bytes travel whole; a large file travels in parts, by itself."""
+    return entry.size if entry is not None and entry.size <= BULK_BYTES else 0
 
 
 class Step(NamedTuple):
@@ -1543,8 +1553,8 @@ class Sent(NamedTuple):
 class FileSlice:
     """Bytes of a file on their way into a pipe, by sendfile: nothing is copied here. What changes in the file
     before they are over there changes in them too, so the file is to be looked at again once they are
-    answered.
-    Of a file that shrank, or cannot be read any more (`faults` says so), zeros are sent for the rest."""
+    answered. Of a file that shrank, or cannot be read any more (`faults` says so), zeros are sent for the
+    rest."""
 
     def __init__(self, file: Any, start: int, length: int, faults: List[OSError]):
         # the file is closed with its last slice
@@ -1931,7 +1941,7 @@ class Report:
         self.lines.append(text)
         if self.files and step is not None and step.verb in ('file', 'link', 'dir'):
             self.files_done += 1
-            self.moved(step.entry.size if step.entry.size <= BULK_BYTES else 0)
+            self.moved(bulk_size(step.entry))
         if len(self.lines) > 1000:
             self.flush()
 
@@ -2312,7 +2322,7 @@ class Replica:
         for path in changed if self.waiting else ():
             changed[path] = max(changed[path], self.waiting.pop(path, 0))
         entries = {path: local.get(path) for path in changed}
-        size = sum(here.size for here in entries.values() if here is not None and here.size <= BULK_BYTES)
+        size = sum(map(bulk_size, entries.values()))
         self.report.expect(entries.values())
         if (len(changed) > BULK_PATHS or size > BULK_BYTES * 4) and not self.options.dry_run:
             first = {path: why for path, why in changed.items() if entries[path] is None}
@@ -2340,8 +2350,7 @@ class Replica:
         while self.waiting and self.far.has_room() and len(some) < BULK_PATHS and size < most:
             path, why = self.waiting.popitem(last=False)
             some[path] = why
-            here = self.source.tree.get(path)
-            size += here.size if here is not None and here.size <= BULK_BYTES else 0
+            size += bulk_size(self.source.tree.get(path))
         if some:
             self.send(some)
         return busy or bool(some)
