@@ -330,7 +330,7 @@ into() {
 do_hook() {
   rm -f "$stage/hook"
   store "$stage/hook" || return 1
-  (trap - 0 HUP INT TERM PIPE; umask 022; exec sh -c "$hook" <"$stage/hook") && return
+  (trap - 0 HUP INT TERM PIPE; unset FILE_REPLICATOR; umask 022; exec sh -c "$hook" <"$stage/hook") && return
   echo "it ended with status $?"
   return 1
 }
@@ -427,15 +427,22 @@ list_sums() {
   find . "$@" -type f -exec "$sum" {} + 2>/dev/null
 }
 
-# Ends what is left of the session $1, process $2: bytes may still be on their way to it, as behind docker,
-# and it would act on them after we looked.
-end_session() { ! grep -q "$1" "/proc/$2/cmdline" 2>/dev/null || kill -9 "$2"; }
+# Ends what is left of the session $1: bytes may still be on their way to its shell, as behind docker, or a
+# tool of it that outlived it be at work, and would change what we have looked at. A shell is known by the call
+# it began with, a tool by its environment.
+end_session() {
+  for left in $(grep -ls "main \"[$]0\" $1" /proc/[0-9]*/cmdline
+                grep -ls "FILE_REPLICATOR=$1" /proc/[0-9]*/environ); do
+    left=${left#/proc/}
+    kill -9 "${left%%/*}"
+  done 2>/dev/null
+}
 
 # True if nothing is in the replica.
 empty() { for p in * .[!.]* ..?*; do ! stands "./$p" || return 1; done; }
 
 # The session: $1 what to run it with, $2 the nonce all answers begin with, $3 the replica, $4 the letters of
-# what it may do, $5 the remote hook, $6 and $7 nonce and process of the session before, the rest for list.
+# what it may do, $5 the remote hook, $6 the nonce of the session before, the rest for list.
 main() {
   newline='
 '
@@ -455,8 +462,10 @@ main() {
     exec sh -c "$1" -
   fi
   nonce=$2 root=$3 flags=$4 hook=$5
-  end_session "$6" "$7"
-  shift 7
+  [ "$6" = - ] || end_session "$6"
+  FILE_REPLICATOR=$nonce
+  export FILE_REPLICATOR
+  shift 6
   mark=.file_replicator.$nonce-new stage=./.file_replicator.$nonce staged='' temp='' root_time=''
   touch='touch' tar='tar'
   exec 2>&1
@@ -477,7 +486,6 @@ main() {
   echo
   echo "$nonce ready"
   case $flags in *d*) ;; *) ! empty || do_probe || stop "cannot write there" ;; esac
-  echo "$nonce process $$"
   list_mounts
   list "$@"
   case $flags in *c*) list_sums "$@" ;; esac
@@ -1408,6 +1416,7 @@ def set_meta(take: Callable, remote: Tree, path: str, there: Entry, here: Entry)
     else:
         remote.put(path, here)          # the same, and known by the inode it has here
 
+
 def believe(listed: Iterable[Tuple[str, Entry]], local: Tree, known: Optional[Tree],
             ours: Callable[[str, Entry], bool]) -> Tree:
     """The replica as the far side listed it, what is above before what is in it. Only what is ours is taken:
@@ -1617,7 +1626,6 @@ class Connection:
         self.listing: List[str] = []
         # what the command wrote to its standard error
         self.complaints: Deque[str] = collections.deque(maxlen=20)
-        self.process_there = '-'        # the receiver's number over there
         self.can = ''                   # what the far side can do, once it made its staging
         self.at_rest = False            # nothing over there is half-way, or staged
         try:
@@ -1764,9 +1772,7 @@ class Connection:
 
     def take_listing(self, listing: List[str]) -> None:
         """What the far side says of itself comes first, see main in the receiver."""
-        first = dict(line.partition(' ')[::2] for line in listing[:3])
-        self.process_there = first.get('process', '-').strip()
-        self.can = first.get('+', '').strip()
+        self.can = next((line[2:].strip() for line in listing[:2] if line.startswith('+ ')), '')
         self.listing = listing
         self.phase = 'live'
 
@@ -2109,7 +2115,7 @@ class Replica:
     def __init__(self, options: Options, source: Source, report: 'Report'):
         self.options, self.source, self.report = options, source, report
         self.far: Any = None                        # the Connection
-        self.session = '-', '-'                     # its nonce and its process over there, for the next one
+        self.session = '-'                          # its nonce, for the next one
         self.can: List[str] = []                    # what do_probe said, word by word
         self.remote = Tree()
         self.known: Optional[Tree] = None           # what was believed when the last connection was lost
@@ -2143,7 +2149,7 @@ class Replica:
             far.turn(None, source.watch.fd)
             source.listen()
         connected()
-        self.session = far.nonce, far.process_there
+        self.session = far.nonce
         for path, why in source.look().items():
             self.taking[path] = max(why, self.taking.get(path, 0))
         self.mounts.clear()
@@ -2544,12 +2550,6 @@ class Replica:
             return None
         finally:
             os.close(fd)
-        if len(data) != step.entry.size or before.st_mtime_ns != step.entry.mtime_ns:
-            entry = entry_of(before, '')._replace(size=len(data))
-            self.source.tree.put(path, entry)
-            self.remote.put(path, entry)
-            step = step._replace(entry=entry)
-        return step, data
 
     def unreadable(self, path: str, error: OSError) -> None:
         """RACE: what vanished or became something else after we looked has its own event; it is looked at
@@ -2917,10 +2917,10 @@ class Retry:
 
 # ==== 9. Command line =======================================================================================
 
-def program(options: Options, before: Sequence[str], find_words: Sequence[str]) -> Callable[[str], str]:
+def program(options: Options, before: str, find_words: Sequence[str]) -> Callable[[str], str]:
     """What to send, given the nonce: the receiver as it stands, and one call of it."""
     may = 'g' * (options.mirror or options.clean_out) + 'c' * options.checksum + 'd' * options.dry_run
-    words = options.destination, may + '-', options.remote_hook, *before, *find_words
+    words = options.destination, may + '-', options.remote_hook, before, *find_words
     return lambda nonce: '%s\nmain "$0" %s\n' % (RECEIVER, ' '.join(map(shlex.quote, (nonce, *words))))
 
 

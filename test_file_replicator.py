@@ -2303,6 +2303,29 @@ def test_a_far_side_that_refuses_a_tool_says_so_and_the_bytes_arrive(tmp_path, s
             until_equal(source, replica, FAULT_ROOM_SECONDS, running=running)
 
 
+@pytest.mark.parametrize('shell', ['bash', 'dash'])
+def test_a_tool_that_outlives_its_killed_session_changes_nothing_after_the_next_one_looked(sshd, tmp_path, shell):
+    """A mv waits until the next session has listed the replica, and would then rename behind its back. Over ssh, where
+    nothing ends what runs there when the connection is lost."""
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    words = shell_command(tmp_path, shell)
+    shims, moving, listed, moved = (str(tmp_path / name) for name in ('shims-' + shell, 'moving', 'listed', 'moved'))
+    write(source + '/a/file', 'file')
+    os.mkdir(far)
+    fault_command(shims, 'mv', '#!/bin/sh\n[ "$2 $3" = "./a ./b" ] && [ ! -e {0} ] || exec {3} "$@"\ntouch {0}\n'
+                  'until [ -e {1} ]; do sleep 0.02; done\n{3} "$@"\ntouch {2}\n'.format(moving, listed, moved, need('mv')))
+    fault_command(shims, 'find', '#!/bin/sh\n{2} "$@"\n[ ! -e {0} ] || {{ touch {1}; sleep 0.5; }}\n'.format(
+        moving, listed, need('find')))
+    with Running(tmp_path, source, far, *sshd, *words) as running:
+        os.rename(source + '/a', source + '/b')
+        until(lambda: os.path.exists(moving), 20, running.log)
+        os.rename(source + '/b', source + '/c')
+        running.cut()
+        running.says('connected again')
+        until_equal(source, far + '/src', running=running)
+        assert not os.path.exists(moved)
+
+
 # ---- what stands in the way there
 
 def fault_obstacles(source, replica, victim):
@@ -3352,7 +3375,7 @@ def test_names_that_our_staging_has_are_left_out_with_a_notice(tmp_path):
 
 def fault_receiver(root, flags, **env):
     """What the receiver says to a root and flags, without a record."""
-    done = subprocess.run(['sh', '-c', '%s\nmain - 0123456789ab %s %s "" - -' % (fr.RECEIVER, shlex.quote(root), flags)],
+    done = subprocess.run(['sh', '-c', '%s\nmain - 0123456789ab %s %s "" -' % (fr.RECEIVER, shlex.quote(root), flags)],
                           stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd='/',
                           env=dict(os.environ, **env))
     return done.stdout.decode()
