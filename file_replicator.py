@@ -39,6 +39,7 @@ import select
 import shlex
 import signal
 import stat
+import struct
 import subprocess
 import sys
 import time
@@ -520,7 +521,7 @@ LIST_PATHS = 128                # paths in one remove, rmdir or meta record
 BLOCK = 1 << 16                 # parts of a large file begin at multiples of this
 JOBS = 8                        # large files on their way at once
 PIPE_BYTES = 1 << 20            # asked of the kernel for the pipes to the connection command
-WINDOW_BYTES = 8 << 20          # on the way and not answered; grows and shrinks with how long answers take
+WINDOW_BYTES = 32 << 20         # on the way and not answered, at most: less where answers take long
 CROWD = 32                      # records on their way, at which changes are gathered
 READY_SECONDS = 40              # for the far side to answer at all
 BEAT_SECONDS, SILENT_SECONDS = 12, 25   # idle before a heartbeat, waiting before a connection is given up
@@ -1431,8 +1432,8 @@ def believe(listed: Iterable[Tuple[str, Entry]], local: Tree, known: Optional[Tr
             continue                    # what is above is not ours
         here = local.folders.get(above, {}).get(name) if path else local.root
         if here is not None:
-            if (here.kind == entry.kind and here.mode == entry.mode and here.size == entry.size
-                    and here.target == entry.target and same_time(entry.mtime_ns, here.mtime_ns)):
+            if here[:5] == entry[:5] or (same_time(entry.mtime_ns, here.mtime_ns)
+                                         and here[:5] == entry._replace(mtime_ns=here.mtime_ns)[:5]):
                 entry = here
         elif path:
             before = UNKNOWN if above in doubtful else known.get(path) if known else None
@@ -1486,10 +1487,10 @@ def tar_header(kind: bytes, name: bytes, size: int, mode: int = 0o644, mtime: in
                target: bytes = b'') -> bytes:
     fields = b'%07o\0000000000\0000000000\0%011o\0%011o\0' % (mode, size, mtime)
     check = sum(name + fields + kind + target) + 879    # the last field, and blanks for this one
-    return b'%s%s%s%06o\0 %s%s%sustar  \0%s' % (name, bytes(100 - len(name)), fields, check, kind, target,
-                                               bytes(100 - len(target)), bytes(247))
+    return TAR_HEADER.pack(name, fields, b'%06o\0 ' % check, kind, target, b'ustar  ')
 
 
+TAR_HEADER = struct.Struct('100s 48s 8s c 100s 8s 247x')
 TAR_KINDS = {'f': b'0', 'd': b'5', 'l': b'2'}
 PAX_TIME = b'30 mtime=%010d.%09d\n'     # it begins with its own length
 PAX_HEADER = tar_header(b'x', b'pax', 30)
@@ -1501,13 +1502,13 @@ def archive(members: Iterable[Member]) -> bytes:
     of at most ten digits in seconds. Python's tarfile takes twenty times as long."""
     out: List[bytes] = []
     for name, entry, data in members:
-        target = os.fsencode(entry.target)
+        target = os.fsencode(entry.target) if entry.target else b''
         for kind, text in ((b'L', name), (b'K', target)):
             if len(text) > 100:
                 out += tar_header(kind, b'././@LongLink', len(text) + 1), text, bytes(512 - len(text) % 512)
         seconds, fraction = divmod(entry.mtime_ns or 0, 10**9)
         if fraction:
-            out += PAX_HEADER, PAX_TIME % (seconds, fraction), bytes(482)
+            out += PAX_HEADER, (PAX_TIME % (seconds, fraction)).ljust(512, b'\0')
         out += (tar_header(TAR_KINDS[entry.kind], name[:100], len(data), entry.mode, seconds, target[:100]),
                 data, bytes(-len(data) % 512))
     out.append(bytes(1024))
@@ -1666,9 +1667,9 @@ class Connection:
         self.out.extend(memoryview(each) if isinstance(each, bytes) else each for each in pieces)
 
     def has_room(self) -> bool:
-        """Whether more of the backlog may follow: little enough is on the way that a fresh edit need not wait
-        long."""
-        return self.bytes_in_flight < self.window
+        """Whether more of the backlog may follow: little enough is on the way, and most of it in the pipe,
+        that a fresh edit need not wait long."""
+        return self.bytes_in_flight < self.window and sum(map(len, self.out)) < self.window // 8
 
     def slice_bytes(self) -> int:
         """How much of the backlog goes in one record."""
@@ -1679,10 +1680,9 @@ class Connection:
         time is then sent as often as the far side can follow, and nothing waits long behind it."""
         return len(self.flight) > CROWD
 
-    def turn(self, seconds: Optional[float], other: Optional[int] = None) -> None:
-        """Waits up to `seconds` (None: until something happens) for the far side or `other` to have
-        something, writes what can be written, and calls what the answers that came are for."""
-        while self.out:                 # most often the pipe takes it at once
+    def write(self) -> None:
+        """Writes what the pipe takes at once."""
+        while self.out:
             try:
                 first = self.out[0]
                 count = (os.write(self.stdin, first) if isinstance(first, memoryview)
@@ -1696,6 +1696,11 @@ class Connection:
                 self.out.popleft()
             else:
                 self.out[0] = first[count:]
+
+    def turn(self, seconds: Optional[float], other: Optional[int] = None) -> None:
+        """Waits up to `seconds` (None: until something happens) for the far side or `other` to have
+        something, writes what can be written, and calls what the answers that came are for."""
+        self.write()                    # most often the pipe takes it all
         poll = select.poll()
         for fd in (self.stdout, self.stderr, other):
             if fd is not None:
@@ -1799,14 +1804,14 @@ class Connection:
                 if took > 0.5:
                     self.window = max(BLOCK * 4, self.window * 3 // 4)
                 elif took < 0.2:
-                    self.window = min(WINDOW_BYTES * 4, self.window * 5 // 4)
+                    self.window = min(WINDOW_BYTES, self.window * 5 // 4)
             said, self.said, values, self.values = self.said, [], self.values, []
             self.report.debug('answer', number, code, *said)
             sent.done(int(code), '; '.join(said), values)
         else:
             raise Lost('the far side answers what nobody asked: %s' % shown(line))
 
-    def entries(self) -> Iterator[Tuple[str, Entry, int]]:
+    def entries(self) -> Iterator[Tuple[str, Entry, str]]:
         """What the far side listed: path, entry, number of the file system. What cannot be read is sent
         again."""
         for line in self.listing:
@@ -1823,12 +1828,14 @@ class Connection:
                     permissions = int(mode, 8)
                 seconds, _, fraction = when.partition('.')
                 # before 1970 too: the seconds are rounded down
-                mtime_ns = int(seconds) * 10**9 + int((fraction + '000000000')[:9])
-                if kind == 'l':
+                mtime_ns = int(seconds) * 10**9 + int(fraction[:9].ljust(9, '0'))
+                if kind == 'f':
+                    entry = Entry(kind, permissions, int(size), mtime_ns)
+                elif kind == 'l':
                     entry = Entry(kind, 0o777, 0, mtime_ns, target[:-2])
                 else:
-                    entry = Entry(kind, permissions, int(size) if kind == 'f' else 0, mtime_ns)
-                yield path[2:], entry, int(device)
+                    entry = Entry(kind, permissions, 0, mtime_ns)
+                yield path[2:], entry, device
             except ValueError:
                 continue
 
@@ -2174,21 +2181,22 @@ class Replica:
 
     def listed(self) -> Iterator[Tuple[str, Entry]]:
         """What the far side listed; takes note of what is mounted in it."""
-        staging, root_device = self.far.staging, None
+        staging, unlisted, mounts = self.far.staging, self.source.unlisted, self.mounts
+        root_device = None
         for path, entry, device in self.far.entries():
             if entry.kind == 'm':       # as /proc/mounts shows it, with blanks and the like in octal
-                self.mounts.add(re.sub(r'\\([0-7]{3})', lambda m: chr(int(m[1], 8)), path))
+                mounts.add(re.sub(r'\\([0-7]{3})', lambda m: chr(int(m[1], 8)), path))
                 continue
-            if path == staging or path.startswith(staging + '/'):
+            if path.startswith(staging):
                 continue
-            if any(path.startswith(unlisted + '/') for unlisted in self.source.unlisted):
+            if unlisted and any(path.startswith(directory + '/') for directory in unlisted):
                 continue                # what could not be read here is not what is not here
-            if (path in self.mounts or self.is_mounted(path)) and self.source.tree.get(path) is None:
+            if mounts and (path in mounts or self.is_mounted(path)) and self.source.tree.get(path) is None:
                 continue                # nothing that is mounted is removed
             if root_device is None:
                 root_device = device
             elif device != root_device and entry.kind == 'd':
-                self.mounts.add(path)
+                mounts.add(path)
             yield path, entry
 
     def is_ours(self, path: str, entry: Entry) -> bool:
@@ -2203,7 +2211,7 @@ class Replica:
     def is_mounted(self, path: str) -> bool:
         """Whether a path is on another file system than the replica's root: nothing is renamed to there from
         the staging."""
-        return bool(self.mounts) and any(path.startswith(mount + '/') for mount in self.mounts)
+        return any(path.startswith(mount + '/') for mount in self.mounts)
 
     def compare(self, hints: Dict[str, int]) -> None:
         """Adds a hint for each path that differs. RACE: a file changed within the same tick as we looked may
@@ -2352,8 +2360,8 @@ class Replica:
                 if state is None and self.jobs.get(path) is job:
                     del self.jobs[path]
                 busy = busy or state is not False
-        size, some, most = 0, {}, self.far.slice_bytes()
-        while self.waiting and self.far.has_room() and len(some) < BULK_PATHS and size < most:
+        size, some, most = 0, {}, self.far.slice_bytes() if self.far.has_room() else 0
+        while self.waiting and len(some) < BULK_PATHS and size < most:
             path, why = self.waiting.popitem(last=False)
             some[path] = why
             size += bulk_size(self.source.tree.get(path))
@@ -2437,8 +2445,10 @@ class Replica:
     def send_entries(self, steps: Iterable[Step]) -> None:
         """New directories, files and links: together, or where they failed before, or cannot, one by one."""
         batch: List[Tuple[Step, bytes]] = []
-        size = 0
-        for step in steps:
+        size, most = 0, self.far.slice_bytes() * 2
+        for count, step in enumerate(steps):
+            if count % 64 == 0:
+                self.far.write()        # the far side need not be idle meanwhile
             data, name = b'', '-'
             if step.verb == 'file':
                 job = self.jobs.get(step.path)
@@ -2448,14 +2458,15 @@ class Replica:
                     self.start_job(step)
                     continue
                 else:
-                    self.cancel(step.path)
+                    if job:
+                        self.cancel(step.path)
                     read = self.read(step)
                     if read is None:
                         continue
                     step, data = read
-            alone = (name != '-' or step.path in self.tries or self.is_mounted(step.path)
+            alone = (name != '-' or step.path in self.tries or self.mounts and self.is_mounted(step.path)
                      or not 0 <= (step.entry.mtime_ns or 0) < 8 * 10**18)       # the times that tar knows
-            if alone or size >= self.far.slice_bytes() * 2 or len(batch) >= BULK_PATHS:
+            if alone or size >= most or len(batch) >= BULK_PATHS:
                 self.send_batch(batch)
                 batch, size = [], 0
             if alone:
@@ -2519,28 +2530,29 @@ class Replica:
     def read(self, step: Step) -> Optional[Tuple[Step, bytes]]:
         """The bytes of a small file, as they were at one moment, and the step with the size and time of that
         moment. None if there is nothing to send now; then it was said or hinted."""
-        path = step.path
+        path, entry = step.path, step.entry
         try:
             fd = os.open(self.source.full(path), OPEN_FLAGS)
         except OSError as error:
             self.unreadable(path, error)
             return None
         try:
-            for attempt in range(3):
-                before = os.fstat(fd)
-                if not stat.S_ISREG(before.st_mode) or before.st_size > BULK_BYTES:
+            size, mtime_ns = entry.size, entry.mtime_ns
+            for attempt in range(4):
+                data = os.pread(fd, size + 1, 0)
+                status = os.fstat(fd)
+                if not stat.S_ISREG(status.st_mode) or status.st_size > BULK_BYTES:
                     self.remote.put(path, UNKNOWN)
                     self.source.hint(path, CONTENT)
                     return None
-                data = os.pread(fd, before.st_size + 1, 0)
-                after = os.fstat(fd)
-                if len(data) == before.st_size == after.st_size and before.st_mtime_ns == after.st_mtime_ns:
+                if len(data) == size == status.st_size and mtime_ns == status.st_mtime_ns:
                     break
+                size, mtime_ns = status.st_size, status.st_mtime_ns
             else:       # it never stands still: this is as good as any, and it will be sent again
-                data = data[:before.st_size]
+                data = data[:size]
                 self.source.hint(path, CONTENT, QUIET_SECONDS, OPEN_SECONDS)
-            if len(data) != step.entry.size or before.st_mtime_ns != step.entry.mtime_ns:
-                entry = entry_of(before)._replace(size=len(data))
+            if attempt:
+                entry = entry_of(status)._replace(size=len(data))
                 self.source.tree.put(path, entry)
                 self.remote.put(path, entry)
                 step = step._replace(entry=entry)
@@ -2555,7 +2567,7 @@ class Replica:
         """RACE: what vanished or became something else after we looked has its own event; it is looked at
         once more."""
         self.remote.put(path, UNKNOWN)
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ESPIPE, errno.ELOOP, errno.ENXIO):
             self.source.hint(path, LOOK, 0 if error.errno != errno.ENXIO else 1)
         else:
             self.failed(path, 'cannot be read: %s' % error.strerror)
