@@ -1358,7 +1358,9 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True) 
             continue
         old = movable.get(here.inode) if here.inode else None
         was = remote.get(old) if old else None
-        if (old and was is not None and was.kind == here.kind and not (path + '/').startswith(old + '/')
+        # The number of what is gone may by now be that of another thing, and at its place another stand.
+        if (old and was is not None and was.kind == here.kind and was.inode == here.inode
+                and not (path + '/').startswith(old + '/')
                 and (there is None or there.kind in 'fl' and here.kind != 'd')
                 and (here.kind == 'd' or was.size == here.size and was.mtime_ns == here.mtime_ns
                      and was.target == here.target and CONTENT not in (hints.get(old), hints.get(path)))):
@@ -1371,6 +1373,10 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True) 
                 paths[below] = max(paths.get(below, 0), LOOK, hints.get(old + below[len(path):], 0))
                 if local.get(below) is None:
                     gone.add(below)
+            if local.get(old) is not None:      # what belongs there may have been thought to stand
+                again = [old, *local.below(old)]
+                paths.update((each, LOOK) for each in again if each not in paths)
+                more.update(again)
             if more:
                 work = collections.deque(sorted(more.union(work)))
             if here.kind == 'd':

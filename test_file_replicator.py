@@ -457,24 +457,29 @@ def assert_can_be_taken(tree, step):
         assert (there is None or there.kind != 'd') and above is not None, step
 
 
+def check_plan(remote, local):
+    """Each step of the plan can be taken, and together they make `remote` equal to `local`. Returns them."""
+    before, steps = copy_tree(remote), fr.plan(remote, local, all_paths(remote, local))
+    for step in steps:
+        assert_can_be_taken(before, step)
+        fr.apply(before, step)
+    assert_same_trees(before, local)
+    assert_same_trees(remote, local)        # what plan() left behind is what the steps do
+    return steps
+
+
 @pytest.mark.parametrize('part', range(4))
 def test_applying_the_plan_gives_the_goal_for_thousands_of_random_pairs(part):
     for seed in range(part * 1500, (part + 1) * 1500):
         rng = random.Random(seed)
         local = random_local(rng)
         remote = random_remote(rng, local)
-        before = copy_tree(remote)
         try:
-            steps = fr.plan(remote, local, all_paths(remote, local))
-            for step in steps:
-                assert_can_be_taken(before, step)
-                fr.apply(before, step)
-            assert_same_trees(before, local)
-            assert_same_trees(remote, local)        # what plan() left behind is what the steps do
-            assert not fr.plan(before, local, all_paths(local)), 'an equal pair has steps'
+            check_plan(remote, local)
+            assert not fr.plan(remote, local, all_paths(local)), 'an equal pair has steps'
         except AssertionError as error:
-            raise AssertionError('seed %d: %s\n%s\n%s\n%s' % (
-                seed, error, listing_of(random_remote(random.Random(seed), local)), listing_of(local), steps))
+            raise AssertionError('seed %d: %s\n%s\n%s' % (
+                seed, error, listing_of(random_remote(random.Random(seed), local)), listing_of(local)))
 
 
 def test_without_delete_nothing_is_removed_or_moved_away():
@@ -516,6 +521,22 @@ def test_a_rename_is_planned_as_a_rename(old, new, everything):
     for step in steps:
         fr.apply(before, step)
     assert_same_trees(before, local)
+
+
+@pytest.mark.parametrize('again, inode', [('d', 60), ('f', 61)])
+@pytest.mark.parametrize('moved', ['d/s', 'd/f'])
+def test_where_something_was_renamed_away_from_inside_what_was_renamed_another_can_stand(moved, again, inode):
+    """And an inode number that was given to something new is no rename."""
+    local, remote = small_tree(), small_tree()
+    reused = local.get(moved).inode
+    local.move('d', 'e')
+    at = 'e' + moved[1:]
+    local.move(at, 's')
+    local.put(at, fr.Entry(again, 0o755, 0, 10**18, '', (1, inode)))
+    check_plan(remote, local)
+    local.put('s', None)
+    local.put('z', fr.Entry('f' if moved == 'd/s' else 'd', 0o755, 0, 10**18, '', reused))
+    assert 'z' not in [step.path for step in check_plan(small_tree(), local) if step.verb == 'move']
 
 
 @pytest.mark.parametrize('change, hint, expected', [
