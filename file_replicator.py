@@ -574,8 +574,8 @@ class Step(NamedTuple):
     verb: str                   # dir, file, link, meta, remove, rmdir, move
     path: str
     entry: Optional[Entry]      # what stands there afterwards; None for nothing
-    # move: from where; meta: 'm' the mode, 't' the time, 'mt' both; file: the bytes of the one that stood
-    # there; rmdir: '?' if what is in it is not known
+    # move: from where; meta: 'm' the mode, 't' the time, 'mt' both; file: the bytes of the one that stands
+    # there; all others, and file: '?' if what stands there is not known
     detail: str = ''
 
 
@@ -596,7 +596,7 @@ class Tree:
 
     def put(self, path: str, entry: Optional[Entry]) -> None:
         """Sets what stands at a path whose directory is in the tree; elsewhere it does nothing. What was
-        below stays only below a directory."""
+        below stays only below what is, or may be, a directory."""
         if not path:
             self.root = entry
             return
@@ -604,14 +604,14 @@ class Tree:
         names = self.folders.get(above)
         if names is None:
             return
-        if path in self.folders and (entry is None or entry.kind != 'd'):
+        if path in self.folders and (entry is None or entry.kind not in 'd?'):
             for gone in [path, *self.below(path)]:
                 self.folders.pop(gone, None)
         if entry is None:
             names.pop(name, None)
         else:
             names[name] = entry
-            if entry.kind == 'd':
+            if entry.kind in 'd?':
                 self.folders.setdefault(path, {})
 
     def below(self, top: str) -> Iterator[str]:
@@ -635,7 +635,7 @@ class Tree:
             self.folders.update((new + path[len(old):], names) for path, names in taken.items())
 
     def is_directory(self, path: str) -> bool:
-        return path in self.folders
+        return not path or (self.get(path) or UNKNOWN).kind == 'd'
 
 
 def parent(path: str) -> str:
@@ -1338,7 +1338,7 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True) 
             above = parent(above)
         there = remote.get(path)
         here = local.get(path) if there is not None else None
-        if there is not None and (here is None or there.kind == 'd' and here.kind != 'd'):
+        if there is not None and (here is None or there.kind in 'd?' and here.kind != 'd'):
             gone.update(below for below in remote.below(path))
             if here is None:
                 gone.add(path)
@@ -1384,16 +1384,17 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True) 
         if here.kind != 'd':
             files.append(path)
         elif not remote.is_directory(path):
-            if there is not None and there.kind != '?':
+            unknown = there is not None and there.kind == '?'
+            if there is not None and not unknown:
                 take('remove', path, None)
-            take('dir', path, here._replace(mode=here.mode & 0o777 | 0o700))
+            take('dir', path, here._replace(mode=here.mode & 0o777 | 0o700), '?' * unknown)
             disturbed.add(path)
         else:
             disturbed.add(path)
     for path in sorted(gone, reverse=True) if delete else ():
         there = remote.get(path)
         if there is not None:
-            take('remove' if there.kind in 'fl' else 'rmdir', path, None, '?' if there is UNKNOWN else '')
+            take('remove' if there.kind in 'fl' else 'rmdir', path, None, '?' * (there.kind == '?'))
     for path in files:
         there, here = remote.get(path), local.get(path)
         if here is None:
@@ -1405,8 +1406,8 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True) 
                 or here.kind == 'f' and (paths[path] == CONTENT
                                          or not same_time(there.mtime_ns, here.mtime_ns)
                                          and (paths[path] != META or there.mtime_ns is None))):
-            take({'f': 'file', 'l': 'link'}[here.kind], path, here,
-                 str(there.size) if there is not None and there.kind == here.kind == 'f' else '')
+            stood = {'f': str(there.size), '?': '?'}.get(there.kind, '') if there is not None else ''
+            take({'f': 'file', 'l': 'link'}[here.kind], path, here, stood)
         else:
             set_meta(take, remote, path, there, here)
     for path in sorted(disturbed | opened, reverse=True):
@@ -1443,7 +1444,7 @@ def believe(listed: Iterable[Tuple[str, Entry]], local: Tree, known: Optional[Tr
                 entry = here
         elif path:
             before = UNKNOWN if above in doubtful else known.get(path) if known else None
-            if before is UNKNOWN:
+            if before is not None and before.kind == '?':
                 doubtful.add(path)
             if before is None and not ours(path, entry):
                 continue
@@ -2470,7 +2471,7 @@ class Replica:
                     if read is None:
                         continue
                     step, data = read
-            alone = (name != '-' or step.path in self.tries or self.mounts and self.is_mounted(step.path)
+            alone = (name != '-' or step.detail == '?' or step.path in self.tries or self.mounts and self.is_mounted(step.path)
                      or not 0 <= (step.entry.mtime_ns or 0) < 8 * 10**18)       # the times that tar knows
             if alone or size >= most or len(batch) >= BULK_PATHS:
                 self.send_batch(batch)
@@ -2651,7 +2652,7 @@ class Replica:
               faults: List[OSError]) -> Iterator[int]:
         """Has the far side stage what stands there, and sends the blocks that differ. Yields how far it came;
         0 while it waits, and at last if there is nothing to begin with: then the file is sent whole."""
-        common = min(job.step.entry.size, int(job.step.detail or 0))
+        common = min(job.step.entry.size, int(job.step.detail.strip('?') or 0))
         if common <= BULK_BYTES or self.can[2] == '-':
             return
         import hashlib
@@ -2701,7 +2702,8 @@ class Replica:
         if code == 1:
             self.failed_until = self.far.number
         for step in steps:
-            path = step.path
+            path = self.where_now(step.path)
+            step = step._replace(path=path)
             if step.verb in ('remove', 'rmdir'):
                 known = step.verb == 'rmdir' and step.detail != '?'
                 self.still_there(path, Entry('d', 0o700) if known else UNKNOWN)
@@ -2711,6 +2713,9 @@ class Replica:
                 if step.verb == 'move':
                     self.still_where_it_was(step)
                     self.again(step.detail)
+                    for below in self.remote.below(path):
+                        self.remote.put(below, UNKNOWN)
+                        self.again(below)
                 self.remote.put(path, UNKNOWN)
             if drifted:
                 continue                # all is compared anew
@@ -2724,6 +2729,13 @@ class Replica:
         if drifted:
             self.drifts += 1
             raise Drifted('%s: %s' % (shown(only.path), said or 'it is not there any more'))
+
+    def where_now(self, path: str) -> str:
+        """Where something will stand after the moves that are on their way."""
+        for step in itertools.chain.from_iterable(self.flying.values()):
+            if step.verb == 'move' and (path + '/').startswith(step.detail + '/'):
+                path = step.path + path[len(step.detail):]
+        return path
 
     def still_there(self, path: str, entry: Entry = UNKNOWN) -> None:
         """Takes back a removal, and those of the directories above it, which cannot have gone either."""
