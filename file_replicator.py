@@ -579,6 +579,11 @@ class Step(NamedTuple):
     detail: str = ''
 
 
+def is_news(step: Step) -> bool:
+    """Whether a step is worth a line: a directory's time changes with each thing in it."""
+    return step.verb != 'meta' or 'm' in step.detail or step.entry.kind == 'f'
+
+
 class Tree:
     """What stands below a directory: paths are relative to it, '' is itself. Each lookup costs the same,
     however large the tree; a subtree costs what is in it."""
@@ -658,7 +663,7 @@ def pattern_regex(pattern: str) -> Tuple[Pattern, bool]:
     one."""
     def expression(found) -> str:
         if found[1]:
-            inside = found[1].replace('\\', '\\\\').replace('[', '\\[')
+            inside = re.sub(r'[\\[&~|]|^-', r'\\\g<0>', found[1])
             if inside[0] in '!^':
                 inside = '^/' + inside[1:]
             return '(?!/)[' + inside + ']'
@@ -2078,6 +2083,8 @@ class Hooks:
                 self.run(paths)
             except OSError as error:
                 self.report.warn('the hook cannot be run: %s' % error.strerror)
+            except Stopped:             # nobody reads what we say: the main thread sees that by itself
+                pass
             self.queue.task_done()
 
     def run(self, paths: bytes) -> None:
@@ -2390,7 +2397,7 @@ class Replica:
         if not steps:
             return
         if self.options.dry_run:
-            for step in steps:
+            for step in filter(is_news, steps):
                 self.report.line('would %s' % self.words_for(step, False))
             self.announced = True       # it is not in step, and nobody is to be told that it is
             return
@@ -2784,8 +2791,8 @@ class Replica:
         self.report.solved(path, 'send')
         if self.tries.pop(path, None) is not None and path in self.source.later:
             self.source.hint(path, META)        # it need not wait for its next try
-        if step.verb == 'meta' and 'm' not in step.detail and step.entry.kind != 'f':
-            return                      # a directory's time changes with what is in it: not worth a line
+        if not is_news(step):
+            return
         self.confirmed.append(path)
         if step.verb == 'file':
             self.last_sent[path] = time.monotonic()
@@ -2894,7 +2901,7 @@ def keep_in_step(options: Options, source: Source, replica: Replica, hooks: Hook
                 hooks.queue.join()
                 replica.far.at_rest = True
                 return
-        more = source.hints and not replica.far.is_crowded()
+        more = (source.hints or source.rules_changed and not source.gone) and not replica.far.is_crowded()
         replica.far.turn(0 if busy or more else wait, source.watch.fd)
         report.moved(0)
         source.listen()
