@@ -16,6 +16,7 @@ import ast
 import collections
 import concurrent.futures
 import contextlib
+import glob
 import inspect
 import os
 import pty
@@ -2370,6 +2371,26 @@ def test_what_cannot_be_renamed_there_is_sent_and_what_failed_is_sent_to_where_i
         os.rename(source + '/b', source + '/c')
         write(renamed)
         until_equal(source, far + '/src', running=running)
+
+
+def test_a_large_file_that_becomes_a_directory_while_it_is_on_its_way_is_not_in_its_way(tmp_path):
+    """What stands over there is not known then, so it must not be taken for nothing."""
+    source, far, made = (str(tmp_path / name) for name in ('src', 'far', 'made'))
+    write(source + '/big', FAULT_BIG[:2 << 20])
+    os.mkdir(far)
+    for i in range(5):
+        write(made + '/sub/%d' % i, 'in a record with others')
+    connect, _ = fault_relay(tmp_path, 'bash', slow=0.003)
+    with Running(tmp_path, '--debugging', source, far, *connect) as running:
+        write(source + '/big', FAULT_BIG[::-1])
+        until(lambda: [part for part in glob.glob(far + '/src/.file_replicator.*/part*')
+                       if os.path.getsize(part) > 3 << 20], 20, running.log)
+        running.process.send_signal(signal.SIGSTOP)     # so that both are seen at once
+        os.unlink(source + '/big')
+        os.rename(made, source + '/big')
+        running.process.send_signal(signal.SIGCONT)
+        until_equal(source, far + '/src', running=running)
+        assert not re.findall(r'answer \d+ [12].*', running.err())
 
 
 # ---- what stands in the way there
