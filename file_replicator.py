@@ -429,8 +429,8 @@ list_sums() {
 }
 
 # Ends what is left of the session $1: bytes may still be on their way to its shell, as behind docker, or a
-# tool of it that outlived it be at work, and would change what we have looked at. A shell is known by the call
-# it began with, a tool by its environment.
+# tool of it be at work yet, and both would change what we have looked at. A shell is known by the call it
+# began with, a tool by its environment.
 end_session() {
   for left in $(grep -ls "main \"[$]0\" $1" /proc/[0-9]*/cmdline
                 grep -ls "FILE_REPLICATOR=$1" /proc/[0-9]*/environ); do
@@ -1966,7 +1966,7 @@ class Report:
         self.lines.append(text)
         if self.files and step is not None and step.verb in ('file', 'link', 'dir'):
             self.files_done += 1
-            self.moved(bulk_size(step.entry))
+            self.bytes_done += bulk_size(step.entry)
         if len(self.lines) > 1000:
             self.flush()
 
@@ -2478,7 +2478,8 @@ class Replica:
                     if read is None:
                         continue
                     step, data = read
-            alone = (name != '-' or step.detail == '?' or step.path in self.tries or self.mounts and self.is_mounted(step.path)
+            alone = (name != '-' or step.detail == '?' or step.path in self.tries
+                     or self.mounts and self.is_mounted(step.path)
                      or not 0 <= (step.entry.mtime_ns or 0) < 8 * 10**18)       # the times that tar knows
             if alone or size >= most or len(batch) >= BULK_PATHS:
                 self.send_batch(batch)
