@@ -352,10 +352,7 @@ do_stage() {
 }
 
 # rest: removes the staging, until there is more to do.
-do_rest() {
-  staged=''
-  rm -rf "$stage"
-}
+do_rest() { rm -rf "$stage" && staged=''; }
 
 # probe: makes the staging and says what this side can do, found out by use.
 do_probe() {
@@ -575,8 +572,9 @@ class Step(NamedTuple):
     path: str
     entry: Optional[Entry]      # what stands there afterwards; None for nothing
     # move: from where; meta: 'm' the mode, 't' the time, 'mt' both; file: the bytes of the one that stands
-    # there; all others, and file: '?' if what stands there is not known
+    # there; dir, file, link: '?' if what stands there is not known
     detail: str = ''
+    before: Optional[Entry] = None      # what stood at the path
 
 
 def is_news(step: Step) -> bool:
@@ -1288,7 +1286,7 @@ def same_time(a: Optional[int], b: Optional[int]) -> bool:
 
 def apply(tree: Tree, step: Step) -> None:
     """What a step does to the replica. A directory's time changes with each entry that comes or goes."""
-    verb, path, entry, detail = step
+    verb, path, entry, detail, _ = step
     if verb == 'meta':
         tree.put(path, entry)
         return
@@ -1296,10 +1294,43 @@ def apply(tree: Tree, step: Step) -> None:
         tree.move(detail, path)
         forget_time(tree, parent(detail))
     elif verb == 'dir':
-        tree.put(path, entry._replace(mtime_ns=None))
+        stands = tree.get(path) is not None     # a directory perhaps, which keeps the mode it has
+        tree.put(path, entry._replace(mtime_ns=None, mode=-1 if stands else entry.mode))
     else:
         tree.put(path, entry)
     forget_time(tree, parent(path))
+
+
+def take_back(tree: Tree, step: Step) -> None:
+    """The opposite of apply(), for the step that was applied last; but for the times of directories."""
+    if step.verb == 'move':
+        tree.move(step.path, step.detail)
+    tree.put(step.path, step.before)
+
+
+def recover(tree: Tree, answers: List[Tuple[List[Step], int]]) -> None:
+    """Brings a tree to which all these steps were applied to what became of them, from the first that failed
+    on: what was planned in the belief that it was taken may have failed for that, or have been taken where
+    something else stood. So all is taken back, and what was done is done again. What may be half done is
+    UNKNOWN; what was to be removed is taken to stand."""
+    for steps, _ in reversed(answers):
+        for step in reversed(steps):
+            take_back(tree, step)
+    for steps, code in answers:
+        for step in steps:
+            path, there = step.path, tree.get(step.path)
+            if code == 2 or step.verb == 'meta' and there is None:
+                continue
+            if step.verb == 'meta' and there.kind != step.entry.kind:
+                tree.put(path, UNKNOWN)         # it was done to something else
+            elif code == 1 and step.verb != 'meta':
+                if step.verb not in ('remove', 'rmdir'):
+                    tree.put(path, UNKNOWN)
+            else:
+                apply(tree, step)
+                if code:                        # but for its mode or time, which no entry has
+                    mode = -1 if step.entry.kind != 'l' else step.entry.mode
+                    tree.put(path, step.entry._replace(mode=mode, mtime_ns=0))
 
 
 def forget_time(tree: Tree, path: str) -> None:
@@ -1322,7 +1353,7 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True) 
             open_up(parent(path))
             if verb == 'move':
                 open_up(parent(detail))
-        step = Step(verb, path, entry, detail)
+        step = Step(verb, path, entry, detail, remote.get(path))
         steps.append(step)
         apply(remote, step)
 
@@ -1337,12 +1368,11 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True) 
     paths = dict(hints)
     gone: Set[str] = set()
     for path in hints:
+        there, here = remote.get(path), local.get(path)
         above = parent(path)            # has to be there before it
-        while path and above not in paths and not remote.is_directory(above):
+        while path and here is not None and above not in paths and not remote.is_directory(above):
             paths[above] = LOOK
             above = parent(above)
-        there = remote.get(path)
-        here = local.get(path) if there is not None else None
         if there is not None and (here is None or there.kind in 'd?' and here.kind != 'd'):
             gone.update(below for below in remote.below(path))
             if here is None:
@@ -1399,7 +1429,7 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True) 
     for path in sorted(gone, reverse=True) if delete else ():
         there = remote.get(path)
         if there is not None:
-            take('remove' if there.kind in 'fl' else 'rmdir', path, None, '?' * (there.kind == '?'))
+            take('remove' if there.kind in 'fl' else 'rmdir', path, None)
     for path in files:
         there, here = remote.get(path), local.get(path)
         if here is None:
@@ -1430,13 +1460,25 @@ def set_meta(take: Callable, remote: Tree, path: str, there: Entry, here: Entry)
         remote.put(path, here)          # the same, and known by the inode it has here
 
 
+def differences(local: Tree, remote: Tree) -> Iterator[str]:
+    """The paths where the two are not known to be the same."""
+    for directory, names in local.folders.items():
+        prefix = directory + '/' if directory else ''
+        theirs = remote.folders.get(directory, {})
+        for name, here in names.items():
+            if theirs.get(name) is not here:
+                yield prefix + name
+    for path in remote.below(''):
+        if local.get(path) is None:
+            yield path
+
+
 def believe(listed: Iterable[Tuple[str, Entry]], local: Tree, known: Optional[Tree],
             ours: Callable[[str, Entry], bool]) -> Tree:
     """The replica as the far side listed it, what is above before what is in it. Only what is ours is taken:
     what stands here, what an earlier connection knew of, and what `ours` says. Where it equals what stands
     here it is the same object, so that a later rename is known by the inode."""
     remote = Tree()
-    doubtful: Set[str] = set()          # what a step of ours may have made, with what it put there
     for path, entry in listed:
         above, _, name = path.rpartition('/')
         names = remote.folders.get(above)
@@ -1448,9 +1490,7 @@ def believe(listed: Iterable[Tuple[str, Entry]], local: Tree, known: Optional[Tr
                                          and here[:5] == entry._replace(mtime_ns=here.mtime_ns)[:5]):
                 entry = here
         elif path:
-            before = UNKNOWN if above in doubtful else known.get(path) if known else None
-            if before is not None and before.kind == '?':
-                doubtful.add(path)
+            before = known.get(path) if known else None
             if before is None and not ours(path, entry):
                 continue
             if before is not None and before.kind == entry.kind and (
@@ -2147,8 +2187,9 @@ class Replica:
         self.jobs: Dict[str, Job] = {}
         self.job_numbers = itertools.count(1)
         self.flying: Dict[int, List[Step]] = {}     # on their way: by the id of the list
-        self.failed_until = 0           # the last record sent when one failed: it may fail for that
-        self.tries: Dict[str, int] = {}             # how often a path failed; from now on it goes by itself
+        self.answers: List[Tuple[List[Step], int]] = []     # from the first failure on: steps and their code
+        # how often a path failed by itself, 0: only among others; from now on it goes by itself
+        self.tries: Dict[str, int] = {}
         self.unstable: Dict[str, int] = {}          # how often a file changed while it was read
         self.settled: Dict[str, Entry] = {}         # directories whose mode and time the archive itself sets
         self.confirmed: List[str] = []              # paths, since the hooks last ran
@@ -2240,17 +2281,13 @@ class Replica:
             self.report.warn('--checksum: the far side has no sha256sum, sha1sum or md5sum: '
                              'size and time are compared')
         hints.setdefault('', META)
-        for directory, names in local.folders.items():
-            prefix = directory + '/' if directory else ''
-            theirs = remote.folders.get(directory, {})
-            for name, here in names.items():
-                there, path = theirs.get(name), prefix + name
-                if sums and there is not None and here.kind == there.kind == 'f' and here.size == there.size:
-                    same = path in sums and sums[path] == self.sum_here(tool, path)
-                    hints[path] = META if same else CONTENT
-                elif there is not here or path in fresh:
-                    hints.setdefault(path, CONTENT if path in fresh else LOOK)
-        hints.update((path, LOOK) for path in remote.below('') if local.get(path) is None)
+        hints.update((path, CONTENT) for path in fresh if local.get(path) is not None)
+        for path in local.below('') if sums else ():
+            here, there = local.get(path), remote.get(path)
+            if there is not None and here.kind == there.kind == 'f' and here.size == there.size:
+                hints[path] = META if sums.get(path, '-') == self.sum_here(tool, path) else CONTENT
+        for path in differences(local, remote):
+            hints.setdefault(path, LOOK)
 
     def sum_here(self, tool: str, path: str) -> str:
         import hashlib
@@ -2266,11 +2303,13 @@ class Replica:
     def lost(self) -> None:
         """Notes that what was on its way may or may not have arrived: it is compared anew, and files are sent
         again."""
-        for step in reversed([step for steps in self.flying.values() for step in steps]):
+        unsure = [steps for steps, _ in self.answers] + list(self.flying.values())
+        for step in reversed(list(itertools.chain.from_iterable(unsure))):
             if step.verb in ('remove', 'rmdir'):        # what was about to go may still be there
                 self.still_there(step.path)
             elif step.verb == 'move':
-                self.still_where_it_was(step)
+                for path in [step.path, *self.remote.below(step.path)]:
+                    self.still_there(step.detail + path[len(step.path):])
             elif step.verb == 'file':
                 self.source.hint(step.path, CONTENT)
         self.known = self.known or self.remote
@@ -2279,9 +2318,8 @@ class Replica:
                 self.source.hint(path, CONTENT)
         for path in self.jobs:
             self.source.hint(path, CONTENT)
-        for state in (self.taking, self.waiting, self.jobs, self.flying, self.can):
+        for state in (self.taking, self.waiting, self.jobs, self.flying, self.answers, self.can):
             state.clear()
-        self.failed_until = 0
         self.announced = self.is_staged = False
 
     def probe(self) -> None:
@@ -2390,7 +2428,12 @@ class Replica:
             elif path in hints and not job.is_staged:
                 # it is looked at again when the job is done
                 self.source.hint(path, hints.pop(path), QUIET_SECONDS)
-        self.carry_out(plan(self.remote, self.source.tree, hints, not self.options.no_delete))
+        steps = plan(self.remote, self.source.tree, hints, not self.options.no_delete)
+        for path in hints.keys() & self.tries.keys() - {step.path for step in steps} if self.tries else ():
+            if self.source.tree.get(path) is None:      # what failed is not wanted any more
+                del self.tries[path]
+                self.report.solved(path, 'send')
+        self.carry_out(steps)
 
     def carry_out(self, steps: List[Step]) -> None:
         """Sends steps that were planned, which `remote` has taken already. In a dry run it only says them."""
@@ -2435,9 +2478,8 @@ class Replica:
         for step in steps if verb not in ('bulk', 'meta') else ():      # they change a directory's time
             for path in (step.path, step.detail):       # of a move: from where
                 self.settled.pop(parent(path), None)
-        number = self.far.number + 1
         self.far.send(verb, words, paths, payload,
-                      lambda code, said, _: self.answered(number, steps, when, code, said))
+                      lambda code, said, _: self.answered(steps, when, code, said))
 
     def time_of(self, entry: Entry) -> str:
         return seconds_of(entry.mtime_ns or 0, self.can[1] == 'fine')
@@ -2549,6 +2591,7 @@ class Replica:
         try:
             fd = os.open(self.source.full(path), OPEN_FLAGS)
         except OSError as error:
+            take_back(self.remote, step)
             self.unreadable(path, error)
             return None
         try:
@@ -2557,7 +2600,7 @@ class Replica:
                 data = os.pread(fd, size + 1, 0)
                 status = os.fstat(fd)
                 if not stat.S_ISREG(status.st_mode) or status.st_size > BULK_BYTES:
-                    self.remote.put(path, UNKNOWN)
+                    take_back(self.remote, step)
                     self.source.hint(path, CONTENT)
                     return None
                 if len(data) == size == status.st_size and mtime_ns == status.st_mtime_ns:
@@ -2573,6 +2616,7 @@ class Replica:
                 step = step._replace(entry=entry)
             return step, data
         except OSError as error:
+            take_back(self.remote, step)
             self.unreadable(path, error)
             return None
         finally:
@@ -2581,7 +2625,6 @@ class Replica:
     def unreadable(self, path: str, error: OSError) -> None:
         """RACE: what vanished or became something else after we looked has its own event; it is looked at
         once more."""
-        self.remote.put(path, UNKNOWN)
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ESPIPE, errno.ELOOP, errno.ENXIO):
             self.source.hint(path, LOOK, 0 if error.errno != errno.ENXIO else 1)
         else:
@@ -2594,7 +2637,7 @@ class Replica:
         self.stage()
         job = self.jobs[step.path] = Job('part%d' % next(self.job_numbers), step)
         job.parts = self.upload(job)
-        self.remote.put(step.path, UNKNOWN)
+        take_back(self.remote, step)
 
     def cancel(self, path: str) -> None:
         job = self.jobs.pop(path, None)
@@ -2685,113 +2728,104 @@ class Replica:
 
     # ---- answers
 
-    def answered(self, number: int, steps: List[Step], when: float, code: int, said: str) -> None:
-        """Confirms steps, or takes back the belief that they were taken. Raises Drifted where the far side is
-        not as it was listed, unless that comes from a step of ours that failed while this was on its way."""
-        only, follows = steps[0], number <= self.failed_until
+    def answered(self, steps: List[Step], when: float, code: int, said: str) -> None:
+        """Confirms steps, or says why they failed. Raises Drifted where the far side is not as it was listed,
+        unless that comes from a step of ours that failed while this was on its way."""
         del self.flying[id(steps)]
         if code in (0, 3):
             took_ms = (time.monotonic() - when) * 1000
             for step in steps:
                 self.confirm(step, took_ms)
             self.report.flush()
-            if code == 3:
-                self.refused(only, said)
-            elif said:
-                self.report.warn('%s: the far side says: %s' % (shown(only.path), said))
-            return
+            if code == 0 and said:
+                self.report.warn('%s: the far side says: %s' % (shown(steps[0].path), said))
+        if code:
+            code = self.failed_there(steps, code, said)
+        if code or self.answers:
+            self.answers.append((steps, code))
+        if self.answers and not self.flying:
+            self.recover()
+
+    def failed_there(self, steps: List[Step], code: int, said: str) -> int:
+        """Says why steps failed, and when they are to be tried again. Returns the code, or 0 for what is as
+        good as done."""
+        only, follows = steps[0], bool(self.answers)
         in_the_way = only.verb == 'rmdir' and len(steps) == 1 and re.search('not empty|busy', said, re.I)
-        drifted = self.drifts < DRIFTS_MOST and (
-            code == 2 and not follows or in_the_way and only.detail == '?')
-        if in_the_way and not drifted and not self.remote.folders.get(only.path):
-            self.report.notice(only.path, 'stays over there: it holds what was not replicated')
-            self.tries.pop(only.path, None)
-            return
-        if code == 1:
-            self.failed_until = self.far.number
-        for step in steps:
-            path = self.where_now(step.path)
-            step = step._replace(path=path)
-            if step.verb in ('remove', 'rmdir'):
-                known = step.verb == 'rmdir' and step.detail != '?'
-                self.still_there(path, Entry('d', 0o700) if known else UNKNOWN)
-            elif step.verb == 'meta':
-                self.doubt_meta(step)
-            else:
-                if step.verb == 'move':
-                    self.still_where_it_was(step)
-                    self.again(step.detail)
-                    for below in self.remote.below(path):
-                        self.remote.put(below, UNKNOWN)
-                        self.again(below)
-                self.remote.put(path, UNKNOWN)
-            if drifted:
-                continue                # all is compared anew
-            if len(steps) > 1 or step.verb == 'move':
-                self.tries.setdefault(path, 0)
-                self.again(path)
-            elif step.verb == 'meta' and code == 1:
-                self.refused(step, said)
-            else:                       # what failed for want of another is not named
-                self.failed(path, '' if code == 2 and follows else said or 'it could not be done over there')
-        if drifted:
+        if code == 2 and not follows and self.drifts < DRIFTS_MOST:
             self.drifts += 1
             raise Drifted('%s: %s' % (shown(only.path), said or 'it is not there any more'))
+        if code == 1 and in_the_way and not follows and not self.remote.folders.get(only.path):
+            self.report.notice(only.path, 'stays over there: it holds what was not replicated')
+            self.tries.pop(only.path, None)
+            return 0
+        if code == 3 or code == 1 and only.verb == 'meta' and len(steps) == 1:
+            if only.verb == 'meta' and only.detail == 't' and only.entry.kind == 'd':
+                # Only its owner may set it, so one more try is enough, until something changes in it.
+                self.report.notice(only.path, 'its time could not be set: ' + said)
+                if self.tries.pop(only.path, 0):
+                    return 0
+                said = ''
+            self.failed(only.path, said and 'its mode or time could not be set: ' + said, META)
+        elif len(steps) > 1 or only.verb == 'move':
+            for step in steps:
+                self.tries.setdefault(step.path, 0)
+        else:                           # what failed for want of another is not named
+            self.failed(only.path, '' if code == 2 and follows else said or 'it could not be done over there')
+        return code
 
-    def where_now(self, path: str) -> str:
-        """Where something will stand after the moves that are on their way."""
-        for step in itertools.chain.from_iterable(self.flying.values()):
-            if step.verb == 'move' and (path + '/').startswith(step.detail + '/'):
-                path = step.path + path[len(step.detail):]
-        return path
+    def recover(self) -> None:
+        """After a failure, once all that was on its way is answered: has `remote` hold what the answers say,
+        and what differs sent."""
+        answers, self.answers = self.answers, []
+        recover(self.remote, answers)
+        for path in [path for path in differences(self.source.tree, self.remote)
+                     if self.source.tree.get(path) is None and self.source.left_out.within(path)]:
+            self.remote.put(path, None)         # it became left out meanwhile
+        self.hint_differences()
 
-    def still_there(self, path: str, entry: Entry = UNKNOWN) -> None:
-        """Takes back a removal, and those of the directories above it, which cannot have gone either."""
+    def hint_differences(self) -> None:
+        """Has all looked at that differs, but for what waits for its turn or its next try."""
+        for path in list(differences(self.source.tree, self.remote)):
+            if not (path in self.waiting or path in self.jobs or path in self.source.later
+                    or self.is_blocked(path)):
+                self.source.hint(path, LOOK)
+
+    def is_blocked(self, path: str) -> bool:
+        """Whether a path, or a directory above it that is not there, failed and waits for its next try."""
+        blocked = bool(self.tries.get(path))
+        while self.tries and path and not blocked:
+            path = parent(path)
+            blocked = bool(self.tries.get(path)) and not self.remote.is_directory(path)
+        return blocked
+
+    def still_there(self, path: str) -> None:
+        """Takes back the belief in a removal, and in those of the directories above it."""
         above = parent(path)
         if not self.remote.is_directory(above):
             self.still_there(above)
             self.remote.put(above, Entry('d', 0o700))
         if self.remote.get(path) is None:
-            self.remote.put(path, entry)
-
-    def still_where_it_was(self, step: Step) -> None:
-        """Takes back a move, with all that is below."""
-        for path in [step.path, *self.remote.below(step.path)]:
-            self.still_there(step.detail + path[len(step.path):])
-
-    def again(self, path: str, delay: float = 0, hint: int = CONTENT) -> None:
-        """Has a path compared and sent again, a directory without all that is in it."""
-        self.source.hint(path, LOOK if self.source.tree.is_directory(path) else hint, delay)
+            self.remote.put(path, UNKNOWN)
 
     def failed(self, path: str, why: str, hint: int = CONTENT) -> None:
         """Says why a path could not be replicated ('': that was said of another), once, and has it tried
         again while there is somebody to see it."""
         if why:
             self.report.problem(path, why, 'send')
-        tries = self.tries[path] = self.tries.get(path, -1) + 1
+        tries = self.tries[path] = self.tries.get(path, 0) + 1
         if self.options.watch:
-            self.again(path, min(RETRY_MOST_SECONDS, RETRY_SECONDS * 2 ** min(tries, 9)), hint)
-
-    def refused(self, step: Step, why: str) -> None:
-        """Of a step that left a mode or time as it was: it is not believed, and tried again. A directory's
-        time alone, which only its owner may set, is not worth that: it is set when something changes in it
-        again."""
-        if step.verb == 'meta' and step.detail == 't' and step.entry.kind == 'd':
-            self.remote.put(step.path, step.entry._replace(mtime_ns=None))
-            self.report.notice(step.path, 'its time could not be set: ' + why)
-        else:
-            self.doubt_meta(step)
-            self.failed(step.path, 'its mode or time could not be set: ' + why, META)
-
-    def doubt_meta(self, step: Step) -> None:
-        if (self.remote.get(step.path) or UNKNOWN).kind == step.entry.kind:
-            self.remote.put(step.path, step.entry._replace(mode=-1, mtime_ns=0))
+            delay = min(RETRY_MOST_SECONDS, RETRY_SECONDS * 2 ** min(tries - 1, 9))
+            # a directory without all that is in it
+            self.source.hint(path, LOOK if self.source.tree.is_directory(path) else hint, delay)
 
     def confirm(self, step: Step, took_ms: float) -> None:
         path = step.path
         self.report.solved(path, 'send')
-        if self.tries.pop(path, None) is not None and path in self.source.later:
-            self.source.hint(path, META)        # it need not wait for its next try
+        if self.tries.pop(path, 0):
+            if path in self.source.later:
+                self.source.hint(path, META)    # it need not wait for its next try
+            if step.entry is not None and step.entry.kind == 'd' or step.entry is None:
+                self.hint_differences()         # nor what is in it
         if not is_news(step):
             return
         self.confirmed.append(path)
@@ -2824,8 +2858,10 @@ class Replica:
         """Whether nothing is waiting, but what failed and is tried again later; nor on its way, unless sent
         is enough."""
         on_its_way = self.far.flight or self.far.out
-        return not (self.source.hints or self.waiting or self.jobs or on_its_way and not sent_is_enough
-                    or not self.source.gone and any(path not in self.tries for path in self.source.later))
+        return not (self.source.hints or self.waiting or self.jobs or self.answers
+                    or on_its_way and not sent_is_enough
+                    or not self.source.gone
+                    and any(not self.tries.get(path) for path in self.source.later))
 
 
 class Drifted(Lost):
@@ -2887,9 +2923,11 @@ def keep_in_step(options: Options, source: Source, replica: Replica, hooks: Hook
                 source.hint_everything()
                 next_look = now + poll_seconds
             wait = min(next_look - now, wait if wait is not None else 1e9)
-        if (source.hints or source.rules_changed) and not replica.far.is_crowded():
-            replica.take_in(source.look())
-        busy = replica.fill()
+        busy = False
+        if not replica.answers:         # else it has to be known first what became of what was sent
+            if (source.hints or source.rules_changed) and not replica.far.is_crowded():
+                replica.take_in(source.look())
+            busy = replica.fill()
         if not busy and replica.is_staged and replica.is_idle(sent_is_enough=not options.watch):
             replica.rest()
         elif not busy and replica.is_idle():
@@ -2902,7 +2940,8 @@ def keep_in_step(options: Options, source: Source, replica: Replica, hooks: Hook
                 hooks.queue.join()
                 replica.far.at_rest = True
                 return
-        more = (source.hints or source.rules_changed and not source.gone) and not replica.far.is_crowded()
+        more = (source.hints or source.rules_changed and not source.gone) and not (
+            replica.answers or replica.far.is_crowded())
         replica.far.turn(0 if busy or more else wait, source.watch.fd)
         report.moved(0)
         source.listen()

@@ -486,6 +486,61 @@ def test_applying_the_plan_gives_the_goal_for_thousands_of_random_pairs(part):
                 seed, error, listing_of(random_remote(random.Random(seed), local)), listing_of(local)))
 
 
+def known_only(tree):
+    for path in list(tree.below('')):
+        if (tree.get(path) or fr.Entry('f')).kind == '?':
+            tree.put(path, None)
+    return tree
+
+
+def take_there(truth, step):
+    """Takes a step as the receiver would, whatever stands there; the code it answers."""
+    there = truth.get(step.path)
+    empty = there is None or there.kind != 'd' or not truth.folders[step.path]
+    if not truth.is_directory(fr.parent(step.path)) and step.verb not in ('remove', 'rmdir'):
+        return 2
+    if step.verb == 'meta':
+        if there is None:
+            return 2
+        truth.put(step.path, there._replace(mode=step.entry.mode))
+    elif step.verb in ('remove', 'rmdir'):
+        if not empty or step.verb == 'remove' and there is not None and there.kind == 'd':
+            return 1
+        truth.put(step.path, None)
+    elif step.verb == 'dir':
+        if there is None or there.kind != 'd':
+            truth.put(step.path, step.entry)
+    elif step.verb == 'move' and truth.get(step.detail) is None:
+        return 2
+    elif not empty or step.verb == 'move' and (step.path + '/').startswith(step.detail + '/'):
+        return 1
+    elif step.verb == 'move':
+        truth.put(step.path, None)
+        truth.move(step.detail, step.path)
+    else:
+        truth.put(step.path, step.entry)
+    return 0
+
+
+def test_after_failures_among_thousands_of_random_steps_it_knows_what_stands_there():
+    for seed in range(3000):
+        rng = random.Random(seed)
+        local = random_local(rng)
+        truth = known_only(random_remote(rng, local))
+        remote, answers = copy_tree(truth), []
+        for _ in range(rng.randrange(1, 4)):        # plans, each in the belief that all before was taken
+            for step in fr.plan(remote, local, all_paths(remote, local)):
+                answers.append(([step], 1 if rng.random() < 0.1 else take_there(truth, step)))
+            local = known_only(random_remote(rng, local))
+        fr.recover(remote, answers)
+        for path in all_paths(truth, remote):
+            there, believed = truth.get(path), remote.get(path)
+            assert believed is not None or there is None, (seed, path, there)
+            assert believed is None or believed.kind == '?' or there is not None and (
+                believed.kind, believed.size, believed.target) == (there.kind, there.size, there.target), (
+                    seed, path, there, believed)
+
+
 def test_without_delete_nothing_is_removed_or_moved_away():
     for seed in range(1000):
         rng = random.Random(seed)
