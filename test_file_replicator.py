@@ -2102,6 +2102,39 @@ def test_one_shot_onto_a_full_disk_ends_with_status_1_and_the_names(fault_open, 
         assert not fault_staging(tmp + '/far')
 
 
+@fault_in_each_shell
+def test_what_failed_among_many_files_turns_up_nowhere_else_and_never_in_part(tmp_path, shell):
+    """One is larger than may be written there, one has a directory of theirs in its way; the others are told from both."""
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    for directory, count in (('a', 700), ('b', 400), ('c', 1000)):
+        for i in range(count):
+            write('%s/%s/%d' % (source, directory, i), '%s %d' % (directory, i))
+    write(source + '/a/large', FAULT_BIG[:900000])
+    write(source + '/b/way', 'ours')
+    write(far + '/src/b/way/theirs', 'theirs')
+    done = once('--no-replicate-on-change', source, far, 'sh', '-c', 'trap "" XFSZ; ulimit -f 1000; exec "$@"', '-',
+                *shell_command(tmp_path, shell), expect=1)
+    assert 'a/large: ' in done.stderr and 'b/way: ' in done.stderr
+    files = [{path: data for path, (kind, *_, data) in tree_of(root).items() if kind == stat.S_IFREG}
+             for root in (source, far + '/src')]
+    del files[0]['a/large'], files[0]['b/way'], files[1]['b/way/theirs']
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize('shell', ['bash', 'dash'])
+@pytest.mark.parametrize('tool, fails, status', [('tee', 'exec cat', 0), ('dd', 'case $* in *notrunc*) cat >/dev/null; exit 1 ;; esac', 1)])
+def test_a_patch_that_could_not_be_written_there_is_never_put_in_place(tmp_path, shell, tool, fails, status):
+    """A disk that is full while the old blocks are copied (then all is sent), or bad where a new one goes."""
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(far + '/src/large', FAULT_BIG)
+    write(source + '/large', FAULT_BIG[:-9] + b'different', mtime_ns=10**18)
+    connect = shell_command(tmp_path, shell)
+    fault_command(tmp_path / ('shims-' + shell), tool, '#!/bin/sh\n%s\nexec %s "$@"\n' % (fails, need(tool)))
+    done = once('--no-replicate-on-change', source, far, *connect, expect=status)
+    assert fault_holds(far, 'src/large', FAULT_BIG if status else FAULT_BIG[:-9] + b'different')
+    assert bool(status) == ('large: ' in done.stderr)
+
+
 # ---- what the far side may not do
 
 @fault_in_each_shell
