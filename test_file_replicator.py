@@ -2641,6 +2641,37 @@ def test_a_replica_taken_away_with_its_connection_is_made_anew(tmp_path):
         until_equal(source, far + '/src', running=running)
 
 
+@fault_in_each_shell
+def test_a_session_that_was_given_up_writes_nothing_more_once_another_began(tmp_path, shell):
+    """Its connection may be silent here and its bytes still on their way there."""
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/file', 'new')
+    connect = shell_command(tmp_path, shell)
+    text = '%s\nmain - 0123456789ab %s - "" -' % (fr.RECEIVER, shlex.quote(far + '/src'))
+    old = subprocess.Popen([*connect, '-c', text], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    old.stdin.write(b'stage 1 0 \n0\n')
+    while old.stdout.readline() not in (b'0123456789ab 1 0\n', b''):
+        pass
+    once('--no-replicate-on-change', source, far, *connect)
+    said = old.communicate(b'file 2 1 022 - 1 -\n./file\n3\nold0123456789ab.\n', timeout=20)[0]
+    assert b'stop its staging was taken away' in said and not difference(source, far + '/src')
+
+
+def test_two_that_replicate_to_the_same_place_are_noticed_and_one_ends(tmp_path):
+    sources, far = [str(tmp_path / name / 'src') for name in 'ab'], str(tmp_path / 'far')
+    for source in sources:
+        write(source + '/file', source)
+    os.mkdir(far)
+    with Running(tmp_path, sources[0], far, 'dash') as one, Running(tmp_path, sources[1], far, 'dash', wait=False) as two:
+        def ended():
+            for source in sources:
+                for i in range(9):
+                    write('%s/%d' % (source, i), '%f' % time.monotonic())
+            return [each for each in (one, two) if each.process.poll() is not None]
+        first = until(ended, 60, lambda: one.log() + two.log())[0]
+        assert first.process.returncode == 1 and 'another file_replicator replicates to ' + far in first.err()
+
+
 def test_a_paused_far_side_goes_on_where_it_was(tmp_path):
     source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
     write(source + '/file', 'old')
