@@ -1936,6 +1936,7 @@ def fault_victim(directory):
     victim = os.path.join(str(directory), 'victim')
     write(victim + '/file', 'precious', 0o640, 10**18)
     write(victim + '/inside/deep', 'precious too')
+    os.mkdir(victim + '/empty')
     os.symlink('file', victim + '/link')
     return victim, tree_of(victim)
 
@@ -2424,35 +2425,61 @@ def test_a_directory_that_holds_theirs_is_never_replaced_by_a_file(tmp_path, she
 @fault_in_each_shell
 def test_what_somebody_puts_in_the_way_while_we_watch_is_never_followed(tmp_path, shell):
     source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
-    replica = far + '/src'
     victim, before = fault_victim(tmp_path)
     os.mkdir(far)
     changes = {
         'a file below': lambda d: write(d + '/file', 'changed'),
         'many files below': lambda d: [write(d + '/m%d' % i, 'new') for i in range(9)],
         'a large file below': lambda d: write(d + '/big', FAULT_BIG),
-        'a patch below': lambda d: write(d + '/large', FAULT_BIG[:-5] + b'patch'),
+        'a patch below': lambda d: write(d + '/large', FAULT_BIG[:1999995] + b'patch'),
         'a removal below': lambda d: os.remove(d + '/file'),
         'a directory removed below': lambda d: shutil.rmtree(d + '/inside'),
+        'an empty directory removed below': lambda d: os.rmdir(d + '/empty'),
         'all removed': shutil.rmtree,
         'a mode below': lambda d: os.chmod(d + '/file', 0o777),
         'a rename below': lambda d: os.rename(d + '/inside', d + '/outside'),
+        'a rename to below': lambda d: os.rename(d + '-other', d + '/other'),
         'a rename of it': lambda d: os.rename(d, d + '2'),
         'a directory below': lambda d: os.makedirs(d + '/x/y'),
         'a link below': lambda d: os.symlink('file', d + '/another'),
         'a mode of it': lambda d: os.chmod(d, 0o700),
+        'a rename to it': lambda d: (link(d + '2'), os.rename(d, d + '2')),
+        'a file in its place': lambda d: (link(d + '2'), write(d + '2', 'new')),
+        'a link in its place': lambda d: (link(d + '2'), os.symlink('d', d + '2')),
+        'a directory in its place': lambda d: (link(d + '2'), os.mkdir(d + '2')),
     }
-    for number in range(len(changes)):
-        for name in ('file', 'link', 'inside/deep'):
-            write('%s/%d/%s' % (source, number, name), 'ours')
-        write('%s/%d/large' % (source, number), FAULT_BIG)
-    with Running(tmp_path, source, far, *shell_command(tmp_path, shell)) as running:
+
+    def link(path):
+        os.symlink(victim, path.replace(source, far))
+
+    with contextlib.ExitStack() as stack:       # one for each: it looks at everything again after the first that it meets
+        runs = []
         for number, change in enumerate(changes.values()):
-            shutil.rmtree('%s/%d' % (replica, number))
-            os.symlink(victim, '%s/%d' % (replica, number))
-        for number, change in enumerate(changes.values()):
-            change('%s/%d' % (source, number))
-        until_equal(source, replica, 60, running=running)
+            here, there = os.path.join(source, str(number)), os.path.join(far, str(number))
+            for name in ('file', 'link', 'inside/deep'):
+                write(os.path.join(here, 'd', name), 'ours')
+            write(here + '/d/large', FAULT_BIG[:2000000])
+            write(here + '/d-other', 'ours')
+            os.mkdir(here + '/d/empty')
+            runs.append((change, here, there, stack.enter_context(
+                Running(tmp_path, here, far, *shell_command(tmp_path, shell), wait=False))))
+        for change, here, there, running in runs:
+            running.in_step()
+            write(here + '/d/inside/deep', 'the last record before was one below it')
+        for change, here, there, running in runs:
+            until_equal(here, there, 20, running=running)
+            running.in_step(2)
+            shutil.rmtree(there + '/d')
+            os.symlink(victim, there + '/d')
+        for change, here, there, running in runs:
+            change(here + '/d')
+        for change, here, there, running in runs:
+            until(lambda: running.out().count('in step') > 2 or 'over there' in running.err(), 20, running.log)
+            if os.path.isdir(here + '/d2') and not os.listdir(here + '/d2'):
+                assert os.path.isdir(there + '/d2') and not os.path.islink(there + '/d2')
+            for directory in next(os.walk(here))[1]:    # what goes, or only its own time changes, meets nothing
+                write(os.path.join(here, directory, 'last'), 'last')
+            until_equal(here, there, 30, running=running)
         assert tree_of(victim) == before
 
 
