@@ -2326,15 +2326,38 @@ def test_a_far_side_that_refuses_a_tool_says_so_and_the_bytes_arrive(tmp_path, s
         for name in os.listdir(made):
             os.rename(os.path.join(made, name), os.path.join(source, name))
         names = ['first', 'run', 'secret', 'big', 'bulk/19', 'd/e']
+        until(lambda: os.path.exists(replica + '/bulk/19'), 20, running.log)
+        for name in ('alone', 'alone2/file'):           # not with many others
+            write(os.path.join(made, name), 'secret', 0o700)
+        os.chmod(made + '/alone2', 0o700)
+        for name in ('alone', 'alone2'):
+            os.rename(os.path.join(made, name), os.path.join(source, name))
+            until(lambda: os.path.exists(os.path.join(replica, name)), 20, running.log)
+        names += ['alone2/file']
+        until(lambda: fault_holds(replica, 'big', FAULT_BIG), 20, running.log)
+        with open(source + '/big', 'r+b') as file:
+            file.write(b'patched')
         until(lambda: all(os.path.lexists(os.path.join(replica, name)) for name in names), 20, running.log)
         until(lambda: re.search('file_replicator: .*Operation not supported', running.err()), 20, running.log)
         for path, (kind, mode, mtime, data) in tree_of(source).items():
-            if kind == stat.S_IFREG:
+            if path != '.' and kind != stat.S_IFLNK:
                 until(lambda: tree_of(replica)[path][3] == data and not tree_of(replica)[path][1] & ~mode, 20,
                       lambda: '%s: %s' % (path, running.log()))
         if tool == 'ln':            # not removed: a shell remembers where it found it
             fault_command(tmp_path / ('shims-' + shell), tool, '#!/bin/sh\nexec %s "$@"\n' % need('ln'))
             until_equal(source, replica, FAULT_ROOM_SECONDS, running=running)
+
+
+@fault_in_each_shell
+def test_what_is_half_way_there_is_nobody_elses_to_read(tmp_path, shell):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/large', FAULT_BIG[:2000000])
+    os.mkdir(far)
+    connect, controls = fault_relay(tmp_path, *shell_command(tmp_path, shell), slow=0.01)
+    with Running(tmp_path, source, far, *connect, wait=False) as running:
+        staged, = until(lambda: fault_staging(far), 20, running.log)
+        assert stat.S_IMODE(os.stat(staged).st_mode) == 0o700
+        until_equal(source, far + '/src', running=running)
 
 
 @pytest.mark.parametrize('shell', ['bash', 'dash'])
