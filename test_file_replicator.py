@@ -2383,6 +2383,17 @@ def test_a_tool_that_outlives_its_killed_session_changes_nothing_after_the_next_
         assert not os.path.exists(moved)
 
 
+def test_a_far_side_that_is_never_as_it_listed_is_given_up_and_the_path_named(tmp_path):
+    """A mkdir that says it made what it did not: each new connection would find the same."""
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/d/file', 'data')
+    os.mkdir(far)
+    connect = shell_command(tmp_path, 'dash')
+    fault_command(tmp_path / 'shims-dash', 'mkdir', '#!/bin/sh\n[ "$1" = ./d ] || exec %s "$@"\n' % need('mkdir'))
+    done = once('--no-replicate-on-change', source, far, *connect, expect=1)
+    assert 'd/file: ' in done.stderr and done.stderr.count('changed over there') == fr.DRIFTS_MOST
+
+
 # ---- what stands in the way there
 
 def fault_obstacles(source, replica, victim):
