@@ -1115,7 +1115,7 @@ def test_a_log_that_is_kept_open_arrives_within_about_a_second(shared_watch):
 
 
 def test_a_file_that_is_always_being_written_to_arrives_all_the_same(shared_watch):
-    script = 'for i in $(seq 100000); do echo $i; sleep 0.02; done >busy/f'
+    script = 'for i in $(seq 100000); do echo $i; sleep 0.02; done | tee busy/new >busy/f'
     write(os.path.join(shared_watch.source, 'busy', 'f'))
     shared_watch.equal(at='busy')
     writer = subprocess.Popen(['bash', '-c', script], cwd=shared_watch.source, start_new_session=True)
@@ -1123,6 +1123,7 @@ def test_a_file_that_is_always_being_written_to_arrives_all_the_same(shared_watc
         path = os.path.join(shared_watch.replica, 'busy', 'f')
         seen = until(lambda: os.path.exists(path) and os.path.getsize(path), 8)
         until(lambda: os.path.getsize(path) > seen, 5)
+        until(lambda: os.path.exists(os.path.join(shared_watch.replica, 'busy', 'new')), 12)
     finally:
         os.killpg(writer.pid, signal.SIGKILL)
         writer.wait()
@@ -2888,6 +2889,19 @@ def test_a_far_side_that_closes_only_its_output_is_left_and_connected_again(tmp_
     fault_nothing_left(far)
 
 
+FAULT_NO_ECHO = """
+import os, pty, subprocess, termios, threading
+ours, theirs = pty.openpty()
+mode = termios.tcgetattr(theirs)
+mode[3] &= ~termios.ECHO
+termios.tcsetattr(theirs, termios.TCSANOW, mode)
+subprocess.Popen(['sh'], stdin=theirs, stdout=theirs, stderr=theirs)
+threading.Thread(target=lambda: [os.write(1, os.read(ours, 9999)) for _ in iter(int, 1)], daemon=True).start()
+while True:
+    os.write(ours, os.read(0, 999) or os._exit(0))
+"""
+
+
 @pytest.mark.parametrize('words, says', [
     (['cat'], 'no shell'), (['true'], 'ended with status 0'), (['false'], 'ended with status 1'),
     (['no-such-command-anywhere'], 'cannot run no-such-command-anywhere: No such file'), (['/etc/passwd'], 'ermission denied'),
@@ -2895,6 +2909,7 @@ def test_a_far_side_that_closes_only_its_output_is_left_and_connected_again(tmp_
     (['sh', '-c', 'exit 127'], 'not found'), (['sh', '-c', 'kill -9 $$'], 'signal 9'), (['head', '-c', '100'], 'ended with status 0'),
     ([sys.executable, '-c', 'import sys; sys.stdin.read(9)'], 'ended with status 0'),
     (['tee', '/dev/null'], 'no shell'), ([sys.executable, '-c', 'import pty; pty.spawn("sh")'], 'goes through a terminal'),
+    pytest.param([sys.executable, '-c', FAULT_NO_ECHO], 'goes through a terminal', id='a terminal without echo'),
     (['sh', '-c', 'echo; echo one; echo; echo two; echo >&2; exit 3'], 'status 3: one; two;')], ids=str)
 def test_a_command_that_is_no_shell_ends_the_program_with_what_it_said(tmp_path, words, says):
     source = str(tmp_path / 'src')
@@ -4452,6 +4467,15 @@ def test_edits_do_not_wait_for_a_slow_hook_here(tmp_path):
         write(str(source / 'a'), 'changed')
         until(lambda: (there / 'a').read_bytes() == b'changed', 3)
         assert running.stop() == 0
+
+
+def test_a_remote_hook_may_take_longer_than_anything_else_may(tmp_path, monkeypatch, capfd):
+    source, there = option_source(tmp_path, 'a')
+    option_age(source)          # or it would be sent again, and the hook run again, for as long as it is lost
+    monkeypatch.setattr(fr, 'SILENT_SECONDS', 0.5)
+    words = ['--no-replicate-on-change', '--remote-hook', 'sleep 1.5; echo it took its time']
+    assert fr.replicate(fr.parse([*words, str(source), str(there.parent), 'bash'])) == 0
+    assert capfd.readouterr().err == 'file_replicator: remote hook: it took its time\n'
 
 
 # ---- --wait, --log-file, --quiet
