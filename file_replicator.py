@@ -2705,6 +2705,8 @@ class Replica:
                 if step.verb == 'move':
                     self.still_where_it_was(step)
                     self.again(step.detail)
+                    for below in self.source.tree.below(path):
+                        self.again(below)
                 self.remote.put(path, UNKNOWN)
             if drifted:
                 continue                # all is compared anew
