@@ -2203,12 +2203,15 @@ def test_a_destination_that_cannot_be_made_or_written_ends_with_the_reason(fault
 
 def test_a_file_system_that_becomes_read_only_is_named_and_made_good_when_it_is_writable_again(fault_open):
     tmp, source = fault_open, fault_open + '/src'
-    write(source + '/file', 'data')
+    for name in ('file', 'gone/a/b/c', 'gone/d', 'from/a/b', 'from/c'):
+        write(os.path.join(source, name), 'data')
     with fault_tmpfs(tmp + '/far', 'size=4m'):
         with Running(tmp, source, tmp + '/far', 'bash') as running:
             subprocess.run(['mount', '-o', 'remount,ro', tmp + '/far'], check=True)
             write(source + '/file', 'changed')
             os.makedirs(source + '/made/deep')
+            shutil.rmtree(source + '/gone')
+            os.rename(source + '/from', source + '/to')
             until(lambda: re.search('Read-only file system', running.err()), 20, running.log)
             assert running.process.poll() is None
             subprocess.run(['mount', '-o', 'remount,rw', tmp + '/far'], check=True)
@@ -2279,6 +2282,18 @@ def test_a_file_that_is_a_mount_point_is_written_in_place(fault_open, shell):
             assert open(tmp + '/outer').read() == 'small again'
             os.remove(source + '/config')
             until(lambda: re.search('file_replicator: config: .*[Bb]usy', running.err()), 20, running.log)
+
+
+@fault_in_each_shell
+def test_a_directory_that_cannot_be_renamed_there_arrives_under_its_new_name(fault_open, shell):
+    tmp, source, replica = fault_open, fault_open + '/src', fault_open + '/far/src'
+    for name in ('old/a/b', 'old/c'):
+        write(os.path.join(source, name), name)
+    os.makedirs(replica + '/old')
+    with fault_tmpfs(replica + '/old', 'size=1m'):
+        with Running(tmp, source, tmp + '/far', *shell_command(tmp, shell)) as running:
+            os.rename(source + '/old', source + '/new')
+            until(lambda: os.path.isdir(replica + '/new') and not difference(source + '/new', replica + '/new'), 20, running.log)
 
 
 def test_a_running_executable_is_replaced_and_runs_on(tmp_path):
