@@ -2935,6 +2935,7 @@ def test_a_command_that_is_no_shell_ends_the_program_with_what_it_said(tmp_path,
 
 
 FAULT_STARTS = {
+    'SHELLOPTS': 'exec env SHELLOPTS=errexit:nounset:noglob:noclobber {shell}',
     '-e': 'exec {shell} -e', '-u': 'exec {shell} -u', '-C': 'exec {shell} -C', '-euC': 'exec {shell} -euC', '-f': 'exec {shell} -f',
     'IFS': 'IFS=/01abcdefn; export IFS; exec {shell}', 'empty IFS': 'IFS=; export IFS; exec {shell}',
     'LANG': 'LANG=tr_TR.UTF-8 LC_ALL=ja_JP.SJIS LANGUAGE=de; export LANG LC_ALL LANGUAGE; exec {shell}',
@@ -2956,17 +2957,18 @@ FAULT_STARTS = {
 def test_a_shell_started_in_a_strange_way_is_right_all_the_same(tmp_path, shell):
     first = 'busybox' if shell == 'busybox sh' else shell
     path = ' '.join([need(first), *shell.split()[1:]])
+    connect = [*shell_command(tmp_path, shell)[:-1], 'sh']      # so that it is this shell that runs the receiver, too
 
     def start(name):
         source, far = str(tmp_path / name / 'src'), str(tmp_path / name / 'far')
         prints = fault_command(tmp_path / name, 'prints', 'echo printed; set -u; alias mv=false rm=false dd=false cd=false\n')
         fault_all_records(source, far + '/src')
         text = FAULT_STARTS[name].format(shell=path, prints=prints)
-        done = once('--mirror', '--no-replicate-on-change', source, far, 'sh', '-c', text)
+        done = once('--mirror', '--no-replicate-on-change', source, far, *connect, '-c', text)
         assert not difference(source, far + '/src') and not done.stderr, done.stderr
         write(source + '/more', 'one more', 0o640)
         shutil.rmtree(source + '/many')
-        once('--mirror', '--no-replicate-on-change', source, far, 'sh', '-c', text)
+        once('--mirror', '--no-replicate-on-change', source, far, *connect, '-c', text)
         assert not difference(source, far + '/src')
     fault_together([(name,) for name in FAULT_STARTS], start)
 
