@@ -3952,6 +3952,23 @@ def test_a_changed_gitignore_is_taken_up_while_watching(tmp_path, repository):
         assert option_has(there, 'b.o', 'deep/er/e.tmp')
 
 
+@pytest.mark.parametrize('far', OPTION_FARS)
+@pytest.mark.parametrize('repository', [True, False])
+def test_what_git_would_ignore_is_never_removed_though_it_stands_only_there(tmp_path, repository, far):
+    source, _ = option_source(tmp_path, 'a', 'd/b')
+    write(str(source / '.gitignore'), '*.log\nbuild/\n/top\n!keep.log\n')
+    write(str(source / 'd/.gitignore'), 'c.tmp\n')
+    if repository:
+        git_init(source)
+    there = option_replica(tmp_path, far)
+    stay = ['x.log', 'd/y.log', 'build/out/z', 'e/build/z', 'top', 'd/c.tmp', 'new/x.log']
+    for name in [*stay, 'd/other', 'extra/f', 'keep.log', 'c.tmp', 'd/top']:
+        write(os.path.join(there, name), 'theirs')
+    option_once(tmp_path, '--mirror', far=far)
+    assert [path for path in option_paths(there) if os.path.isfile(os.path.join(there, path))] == sorted(
+        [*stay, 'a', 'd/b', '.gitignore', 'd/.gitignore'])
+
+
 def test_a_repository_made_while_watching_is_asked_from_then_on(tmp_path):
     source, there = option_source(tmp_path, 'a.log', 'b')
     write(str(source / '.gitignore'), '*.log\n')
