@@ -2978,21 +2978,27 @@ def test_a_shell_started_in_a_strange_way_is_right_all_the_same(tmp_path, shell)
 def test_what_cannot_be_read_is_named_and_nothing_of_it_is_removed(tmp_path, fault_not_root):
     source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
     replica = far + '/src'
-    for name in ('file', 'closed/in', 'closed/deep/er', 'late/in', 'fine'):
+    for name in ('file', 'closed/in', 'closed/deep/er', 'half/in', 'late/in', 'fine'):
         write(os.path.join(source, name), 'first')
     write(source + '/shut', 'never read', 0o000)
     os.mkdir(far)
-    shutil.copytree(source + '/closed', replica + '/closed')        # of an earlier run
-    os.chmod(source + '/closed', 0o000)
+    for name, mode in (('closed', 0o000), ('half', 0o444)):         # half: the names can be read, and no more
+        shutil.copytree(os.path.join(source, name), os.path.join(replica, name))        # of an earlier run
+        os.chmod(os.path.join(source, name), mode)
     try:
         done = once('--mirror', '--no-replicate-on-change', source, far, 'bash', expect=1)
         for name in ('shut: .*ermission denied', 'closed: .*ermission denied'):
             assert re.search('file_replicator: ' + name, done.stderr), done.stderr
-        assert open(replica + '/closed/deep/er').read() == open(replica + '/fine').read() == 'first'
+        for name in ('closed/deep/er', 'half/in', 'fine'):
+            assert fault_holds(replica, name, b'first')
         assert 'in step' not in done.stdout
         with Running(tmp_path, '--mirror', source, far, 'bash', wait=False) as running:
             running.says('not in step')
-            os.chmod(source + '/late', 0o000)               # while we watch
+            write(source + '/closed/new', 'new')
+            os.chmod(source + '/closed', 0o755)             # while we watch
+            until(lambda: fault_holds(replica, 'closed/new', b'new'), 20, running.log)
+            os.chmod(source + '/late', 0o000)
+            running.says('late: cannot be listed')
             os.chmod(source + '/file', 0o000)
             write(source + '/fine', 'second')
             until(lambda: fault_holds(replica, 'fine', b'second'))
@@ -3002,14 +3008,14 @@ def test_what_cannot_be_read_is_named_and_nothing_of_it_is_removed(tmp_path, fau
             running.says('fine: cannot be looked at')
             assert fault_holds(replica, 'fine', b'second')
             os.chmod(source, 0o755)
-            for name in ('closed', 'late'):
+            for name in ('half', 'late'):
                 os.chmod(os.path.join(source, name), 0o755)
             for name in ('file', 'shut'):
                 os.chmod(os.path.join(source, name), 0o644)
             until_equal(source, replica, FAULT_ROOM_SECONDS, running=running)
             until(lambda: running.out().splitlines()[-1] == 'in step')
     finally:
-        for name in ('closed', 'late', '.'):
+        for name in ('closed', 'half', 'late', '.'):
             os.chmod(os.path.join(source, name), 0o755)
 
 
@@ -3964,7 +3970,9 @@ def test_what_git_would_ignore_is_never_removed_though_it_stands_only_there(tmp_
     stay = ['x.log', 'd/y.log', 'build/out/z', 'e/build/z', 'top', 'd/c.tmp', 'new/x.log']
     for name in [*stay, 'd/other', 'extra/f', 'keep.log', 'c.tmp', 'd/top']:
         write(os.path.join(there, name), 'theirs')
+    os.mkdir(os.path.join(there, 'd/build'))
     option_once(tmp_path, '--mirror', far=far)
+    assert os.path.isdir(os.path.join(there, 'd/build'))
     assert [path for path in option_paths(there) if os.path.isfile(os.path.join(there, path))] == sorted(
         [*stay, 'a', 'd/b', '.gitignore', 'd/.gitignore'])
 
