@@ -1199,6 +1199,24 @@ def test_bytes_that_changed_just_before_a_rename_are_sent(moved, tmp_path):
     source.watch.give_up('the end')
 
 
+@pytest.mark.parametrize('other, size', [('ln -s ../secret f', 4), ('mkfifo f', 4), ('mkdir f', 4), ('ln -s ../secret f', 3000000),
+                                         ('mkdir f', 3000000)])
+def test_what_is_no_file_any_more_after_the_look_is_not_read(other, size, tmp_path):
+    top = str(tmp_path / 'source')
+    write(str(tmp_path / 'secret'), bytes(size))
+    write(top + '/f', bytes(size))
+    source = looked_at(top)
+    subprocess.run(['sh', '-c', 'rm f; ' + other], cwd=top, check=True)
+    replica = fr.Replica(source.report.options, source, source.report)
+    step = fr.Step('file', 'f', source.tree.get('f'))
+    if size == 4:
+        assert replica.read(step) is None
+    else:
+        assert list(replica.upload(fr.Job('part1', step))) == []
+    assert 'f' in {**source.hints, **source.later}
+    source.watch.give_up('the end')
+
+
 def test_a_source_that_goes_away_in_the_midst_of_a_look_is_not_a_source_emptied(tmp_path):
     top = str(tmp_path / 'source')
     write(top + '/d/f')
@@ -3052,6 +3070,20 @@ def test_files_that_vanish_grow_shrink_and_turn_into_others_end_up_right(tmp_pat
                     os.remove('%s/%d' % (source, number))
         until_equal(source, far + '/src', 60, running=running)
         assert running.connections() and 'lost' not in running.err()
+
+
+def test_a_large_file_that_changes_while_it_is_sent_once_ends_up_right(tmp_path):
+    """Nobody watches, so no event tells."""
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/large', FAULT_BIG[:3000000])
+    os.mkdir(far)
+    connect, controls = fault_relay(tmp_path, 'dash', slow=0.01)
+    with Running(tmp_path, '--no-replicate-on-change', source, far, *connect, wait=False) as running:
+        until(lambda: any(os.path.getsize(os.path.join(d, name)) for staged in fault_staging(far)
+                          for d, _, names in os.walk(staged) for name in names if name.startswith('part')), 20, running.log)
+        with open(source + '/large', 'r+b') as file:
+            file.write(b'changed')
+        assert running.process.wait(30) == 0 and not difference(source, far + '/src')
 
 
 def test_files_rewritten_all_the_time_do_not_keep_others_waiting_and_arrive_themselves(tmp_path):
