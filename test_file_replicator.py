@@ -2752,6 +2752,15 @@ def test_a_session_that_was_given_up_writes_nothing_more_once_another_began(tmp_
     assert b'stop its staging was taken away' in said and not difference(source, far + '/src')
 
 
+@fault_in_each_shell
+@pytest.mark.parametrize('records', [b'file 1 1 022 - 1 -\n./file\n9\nhalf', b'stage 1 0 \n0\npart 2 0 + p\n9\nhalf',
+                                     b'stage 1 0 \n0\nbulk 2 1 script\n.\n9\nhalf'])
+def test_a_record_that_ends_in_its_midst_leaves_nothing(tmp_path, shell, records):
+    text = '%s\nmain - 0123456789ab %s - "" -' % (fr.RECEIVER, shlex.quote(str(tmp_path / 'far')))
+    subprocess.run([*shell_command(tmp_path, shell), '-c', text], input=records, stdout=subprocess.DEVNULL, timeout=20)
+    assert os.listdir(str(tmp_path / 'far')) == []
+
+
 def test_two_that_replicate_to_the_same_place_are_noticed_and_one_ends(tmp_path):
     sources, far = [str(tmp_path / name / 'src') for name in 'ab'], str(tmp_path / 'far')
     for source in sources:
@@ -4537,10 +4546,12 @@ def test_a_hook_that_leaves_a_server_running_does_not_hold_up_the_next(tmp_path,
 
 def test_edits_do_not_wait_for_a_slow_hook_here(tmp_path):
     source, there = option_source(tmp_path, 'a')
-    with option_watching(tmp_path, '--hook', 'echo run; sleep 30') as running:
+    with option_watching(tmp_path, '--hook', 'echo $$ >../hook; exec sleep 30', cwd=str(source)) as running:
+        pid = until(lambda: os.path.exists(str(tmp_path / 'hook')) and (tmp_path / 'hook').read_text().strip())
         write(str(source / 'a'), 'changed')
         until(lambda: (there / 'a').read_bytes() == b'changed', 3)
         assert running.stop() == 0
+    until(lambda: not os.path.exists('/proc/' + pid), 5)
 
 
 def test_a_remote_hook_may_take_longer_than_anything_else_may(tmp_path, monkeypatch, capfd):
