@@ -3577,6 +3577,15 @@ def test_names_that_our_staging_has_are_left_out_with_a_notice(tmp_path):
 
 # ---- mirror and clean-out
 
+def test_a_replica_that_is_its_source_by_another_path_is_refused(fault_open):
+    write(fault_open + '/p/x/file', 'precious')
+    os.mkdir(fault_open + '/q')
+    with fault_mount(fault_open + '/q', '--bind', fault_open + '/p'):
+        done = once('--mirror', fault_open + '/p/x', fault_open + '/q', 'bash', expect=1, timeout=20)
+    assert 'choose another destination' in done.stderr and fault_holds(fault_open, 'p/x/file', b'precious')
+    assert os.listdir(fault_open + '/p/x') == ['file']
+
+
 def fault_receiver(root, flags, **env):
     """What the receiver says to a root and flags, without a record."""
     done = subprocess.run(['sh', '-c', '%s\nmain - 0123456789ab %s %s "" -' % (fr.RECEIVER, shlex.quote(root), flags)],
