@@ -2710,8 +2710,7 @@ def test_a_watching_run_cut_at_any_byte_of_any_record_repairs_itself(tmp_path):
             until_equal(source, replica, 30, running=running)
             assert 'connection lost' in running.err()
             steps = running.out().count('in step')
-            write(source + '/last', 'last')
-            contents.add(b'last')
+            put('last', b'last')
             until(lambda: running.out().count('in step') > steps)
             assert not fault_staging(replica)
     finally:
