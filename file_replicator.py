@@ -2661,12 +2661,12 @@ class Replica:
             if code and not job.failed:
                 job.failed = said or 'it could not be written there'
 
-        try:
-            fd = os.open(self.source.full(path), OPEN_FLAGS)
+        try:                            # a directory too fails
+            file = open(self.source.full(path), 'rb', 0, opener=lambda name, _: os.open(name, OPEN_FLAGS))
         except OSError as error:
             self.unreadable(path, error)
             return
-        file = os.fdopen(fd, 'rb', 0)
+        fd = file.fileno()
         faults: List[OSError] = []
         at = 0
         for at in self.patch(job, fd, part, faults):

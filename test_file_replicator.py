@@ -1195,7 +1195,7 @@ def test_a_log_that_is_kept_open_arrives_within_about_a_second(shared_watch):
 
 
 def test_a_file_that_is_always_being_written_to_arrives_all_the_same(shared_watch):
-    script = 'for i in $(seq 100000); do echo $i; sleep 0.02; done >busy/f'
+    script = 'for i in $(seq 100000); do echo $i; sleep 0.02; done | tee busy/new >busy/f'
     write(os.path.join(shared_watch.source, 'busy', 'f'))
     shared_watch.equal(at='busy')
     writer = subprocess.Popen(['bash', '-c', script], cwd=shared_watch.source, start_new_session=True)
@@ -1203,6 +1203,7 @@ def test_a_file_that_is_always_being_written_to_arrives_all_the_same(shared_watc
         path = os.path.join(shared_watch.replica, 'busy', 'f')
         seen = until(lambda: os.path.exists(path) and os.path.getsize(path), 8)
         until(lambda: os.path.getsize(path) > seen, 5)
+        until(lambda: os.path.exists(os.path.join(shared_watch.replica, 'busy', 'new')), 12)
     finally:
         os.killpg(writer.pid, signal.SIGKILL)
         writer.wait()
@@ -1275,6 +1276,24 @@ def test_bytes_that_changed_just_before_a_rename_are_sent(moved, tmp_path):
     os.rename(os.path.join(top, moved), top + '/e')
     steps = fr.plan(remote, source.tree, look_again(source))
     assert ('file', {'f': 'e', 'd': 'e/f'}[moved]) in [(step.verb, step.path) for step in steps]
+    source.watch.give_up('the end')
+
+
+@pytest.mark.parametrize('other, size', [('ln -s ../secret f', 4), ('mkfifo f', 4), ('mkdir f', 4), ('ln -s ../secret f', 3000000),
+                                         ('mkdir f', 3000000)])
+def test_what_is_no_file_any_more_after_the_look_is_not_read(other, size, tmp_path):
+    top = str(tmp_path / 'source')
+    write(str(tmp_path / 'secret'), bytes(size))
+    write(top + '/f', bytes(size))
+    source = looked_at(top)
+    subprocess.run(['sh', '-c', 'rm f; ' + other], cwd=top, check=True)
+    replica = fr.Replica(source.report.options, source, source.report)
+    step = fr.Step('file', 'f', source.tree.get('f'))
+    if size == 4:
+        assert replica.read(step) is None
+    else:
+        assert list(replica.upload(fr.Job('part1', step))) == []
+    assert 'f' in {**source.hints, **source.later}
     source.watch.give_up('the end')
 
 
@@ -2016,6 +2035,7 @@ def fault_victim(directory):
     victim = os.path.join(str(directory), 'victim')
     write(victim + '/file', 'precious', 0o640, 10**18)
     write(victim + '/inside/deep', 'precious too')
+    os.mkdir(victim + '/empty')
     os.symlink('file', victim + '/link')
     return victim, tree_of(victim)
 
@@ -2182,6 +2202,39 @@ def test_one_shot_onto_a_full_disk_ends_with_status_1_and_the_names(fault_open, 
         assert not fault_staging(tmp + '/far')
 
 
+@fault_in_each_shell
+def test_what_failed_among_many_files_turns_up_nowhere_else_and_never_in_part(tmp_path, shell):
+    """One is larger than may be written there, one has a directory of theirs in its way; the others are told from both."""
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    for directory, count in (('a', 700), ('b', 400), ('c', 1000)):
+        for i in range(count):
+            write('%s/%s/%d' % (source, directory, i), '%s %d' % (directory, i))
+    write(source + '/a/large', FAULT_BIG[:900000])
+    write(source + '/b/way', 'ours')
+    write(far + '/src/b/way/theirs', 'theirs')
+    done = once('--no-replicate-on-change', source, far, 'sh', '-c', 'trap "" XFSZ; ulimit -f 1000; exec "$@"', '-',
+                *shell_command(tmp_path, shell), expect=1)
+    assert 'a/large: ' in done.stderr and 'b/way: ' in done.stderr
+    files = [{path: data for path, (kind, *_, data) in tree_of(root).items() if kind == stat.S_IFREG}
+             for root in (source, far + '/src')]
+    del files[0]['a/large'], files[0]['b/way'], files[1]['b/way/theirs']
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize('shell', ['bash', 'dash'])
+@pytest.mark.parametrize('tool, fails, status', [('tee', 'exec cat', 0), ('dd', 'case $* in *notrunc*) cat >/dev/null; exit 1 ;; esac', 1)])
+def test_a_patch_that_could_not_be_written_there_is_never_put_in_place(tmp_path, shell, tool, fails, status):
+    """A disk that is full while the old blocks are copied (then all is sent), or bad where a new one goes."""
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(far + '/src/large', FAULT_BIG)
+    write(source + '/large', FAULT_BIG[:-9] + b'different', mtime_ns=10**18)
+    connect = shell_command(tmp_path, shell)
+    fault_command(tmp_path / ('shims-' + shell), tool, '#!/bin/sh\n%s\nexec %s "$@"\n' % (fails, need(tool)))
+    done = once('--no-replicate-on-change', source, far, *connect, expect=status)
+    assert fault_holds(far, 'src/large', FAULT_BIG if status else FAULT_BIG[:-9] + b'different')
+    assert bool(status) == ('large: ' in done.stderr)
+
+
 # ---- what the far side may not do
 
 @fault_in_each_shell
@@ -2248,12 +2301,15 @@ def test_a_destination_that_cannot_be_made_or_written_ends_with_the_reason(fault
 
 def test_a_file_system_that_becomes_read_only_is_named_and_made_good_when_it_is_writable_again(fault_open):
     tmp, source = fault_open, fault_open + '/src'
-    write(source + '/file', 'data')
+    for name in ('file', 'gone/a/b/c', 'gone/d', 'from/a/b', 'from/c'):
+        write(os.path.join(source, name), 'data')
     with fault_tmpfs(tmp + '/far', 'size=4m'):
         with Running(tmp, source, tmp + '/far', 'bash') as running:
             subprocess.run(['mount', '-o', 'remount,ro', tmp + '/far'], check=True)
             write(source + '/file', 'changed')
             os.makedirs(source + '/made/deep')
+            shutil.rmtree(source + '/gone')
+            os.rename(source + '/from', source + '/to')
             until(lambda: re.search('Read-only file system', running.err()), 20, running.log)
             assert running.process.poll() is None
             subprocess.run(['mount', '-o', 'remount,rw', tmp + '/far'], check=True)
@@ -2326,6 +2382,18 @@ def test_a_file_that_is_a_mount_point_is_written_in_place(fault_open, shell):
             until(lambda: re.search('file_replicator: config: .*[Bb]usy', running.err()), 20, running.log)
 
 
+@fault_in_each_shell
+def test_a_directory_that_cannot_be_renamed_there_arrives_under_its_new_name(fault_open, shell):
+    tmp, source, replica = fault_open, fault_open + '/src', fault_open + '/far/src'
+    for name in ('old/a/b', 'old/c'):
+        write(os.path.join(source, name), name)
+    os.makedirs(replica + '/old')
+    with fault_tmpfs(replica + '/old', 'size=1m'):
+        with Running(tmp, source, tmp + '/far', *shell_command(tmp, shell)) as running:
+            os.rename(source + '/old', source + '/new')
+            until(lambda: os.path.isdir(replica + '/new') and not difference(source + '/new', replica + '/new'), 20, running.log)
+
+
 def test_a_running_executable_is_replaced_and_runs_on(tmp_path):
     source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
     binary = open(need('sleep'), 'rb').read()
@@ -2372,15 +2440,38 @@ def test_a_far_side_that_refuses_a_tool_says_so_and_the_bytes_arrive(tmp_path, s
         for name in os.listdir(made):
             os.rename(os.path.join(made, name), os.path.join(source, name))
         names = ['first', 'run', 'secret', 'big', 'bulk/19', 'd/e']
+        until(lambda: os.path.exists(replica + '/bulk/19'), 20, running.log)
+        for name in ('alone', 'alone2/file'):           # not with many others
+            write(os.path.join(made, name), 'secret', 0o700)
+        os.chmod(made + '/alone2', 0o700)
+        for name in ('alone', 'alone2'):
+            os.rename(os.path.join(made, name), os.path.join(source, name))
+            until(lambda: os.path.exists(os.path.join(replica, name)), 20, running.log)
+        names += ['alone2/file']
+        until(lambda: fault_holds(replica, 'big', FAULT_BIG), 20, running.log)
+        with open(source + '/big', 'r+b') as file:
+            file.write(b'patched')
         until(lambda: all(os.path.lexists(os.path.join(replica, name)) for name in names), 20, running.log)
         until(lambda: re.search('file_replicator: .*Operation not supported', running.err()), 20, running.log)
         for path, (kind, mode, mtime, data) in tree_of(source).items():
-            if kind == stat.S_IFREG:
+            if path != '.' and kind != stat.S_IFLNK:
                 until(lambda: tree_of(replica)[path][3] == data and not tree_of(replica)[path][1] & ~mode, 20,
                       lambda: '%s: %s' % (path, running.log()))
         if tool == 'ln':            # not removed: a shell remembers where it found it
             fault_command(tmp_path / ('shims-' + shell), tool, '#!/bin/sh\nexec %s "$@"\n' % need('ln'))
             until_equal(source, replica, FAULT_ROOM_SECONDS, running=running)
+
+
+@fault_in_each_shell
+def test_what_is_half_way_there_is_nobody_elses_to_read(tmp_path, shell):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/large', FAULT_BIG[:2000000])
+    os.mkdir(far)
+    connect, controls = fault_relay(tmp_path, *shell_command(tmp_path, shell), slow=0.01)
+    with Running(tmp_path, source, far, *connect, wait=False) as running:
+        staged, = until(lambda: fault_staging(far), 20, running.log)
+        assert stat.S_IMODE(os.stat(staged).st_mode) == 0o700
+        until_equal(source, far + '/src', running=running)
 
 
 @pytest.mark.parametrize('shell', ['bash', 'dash'])
@@ -2448,6 +2539,17 @@ def test_a_large_file_that_becomes_a_directory_while_it_is_on_its_way_is_not_in_
         assert not re.findall(r'answer \d+ [12].*', running.err())
 
 
+def test_a_far_side_that_is_never_as_it_listed_is_given_up_and_the_path_named(tmp_path):
+    """A mkdir that says it made what it did not: each new connection would find the same."""
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/d/file', 'data')
+    os.mkdir(far)
+    connect = shell_command(tmp_path, 'dash')
+    fault_command(tmp_path / 'shims-dash', 'mkdir', '#!/bin/sh\n[ "$1" = ./d ] || exec %s "$@"\n' % need('mkdir'))
+    done = once('--no-replicate-on-change', source, far, *connect, expect=1)
+    assert 'd/file: ' in done.stderr and done.stderr.count('changed over there') == fr.DRIFTS_MOST
+
+
 # ---- what stands in the way there
 
 def fault_obstacles(source, replica, victim):
@@ -2513,35 +2615,61 @@ def test_a_directory_that_holds_theirs_is_never_replaced_by_a_file(tmp_path, she
 @fault_in_each_shell
 def test_what_somebody_puts_in_the_way_while_we_watch_is_never_followed(tmp_path, shell):
     source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
-    replica = far + '/src'
     victim, before = fault_victim(tmp_path)
     os.mkdir(far)
     changes = {
         'a file below': lambda d: write(d + '/file', 'changed'),
         'many files below': lambda d: [write(d + '/m%d' % i, 'new') for i in range(9)],
         'a large file below': lambda d: write(d + '/big', FAULT_BIG),
-        'a patch below': lambda d: write(d + '/large', FAULT_BIG[:-5] + b'patch'),
+        'a patch below': lambda d: write(d + '/large', FAULT_BIG[:1999995] + b'patch'),
         'a removal below': lambda d: os.remove(d + '/file'),
         'a directory removed below': lambda d: shutil.rmtree(d + '/inside'),
+        'an empty directory removed below': lambda d: os.rmdir(d + '/empty'),
         'all removed': shutil.rmtree,
         'a mode below': lambda d: os.chmod(d + '/file', 0o777),
         'a rename below': lambda d: os.rename(d + '/inside', d + '/outside'),
+        'a rename to below': lambda d: os.rename(d + '-other', d + '/other'),
         'a rename of it': lambda d: os.rename(d, d + '2'),
         'a directory below': lambda d: os.makedirs(d + '/x/y'),
         'a link below': lambda d: os.symlink('file', d + '/another'),
         'a mode of it': lambda d: os.chmod(d, 0o700),
+        'a rename to it': lambda d: (link(d + '2'), os.rename(d, d + '2')),
+        'a file in its place': lambda d: (link(d + '2'), write(d + '2', 'new')),
+        'a link in its place': lambda d: (link(d + '2'), os.symlink('d', d + '2')),
+        'a directory in its place': lambda d: (link(d + '2'), os.mkdir(d + '2')),
     }
-    for number in range(len(changes)):
-        for name in ('file', 'link', 'inside/deep'):
-            write('%s/%d/%s' % (source, number, name), 'ours')
-        write('%s/%d/large' % (source, number), FAULT_BIG)
-    with Running(tmp_path, source, far, *shell_command(tmp_path, shell)) as running:
+
+    def link(path):
+        os.symlink(victim, path.replace(source, far))
+
+    with contextlib.ExitStack() as stack:       # one for each: it looks at everything again after the first that it meets
+        runs = []
         for number, change in enumerate(changes.values()):
-            shutil.rmtree('%s/%d' % (replica, number))
-            os.symlink(victim, '%s/%d' % (replica, number))
-        for number, change in enumerate(changes.values()):
-            change('%s/%d' % (source, number))
-        until_equal(source, replica, 60, running=running)
+            here, there = os.path.join(source, str(number)), os.path.join(far, str(number))
+            for name in ('file', 'link', 'inside/deep'):
+                write(os.path.join(here, 'd', name), 'ours')
+            write(here + '/d/large', FAULT_BIG[:2000000])
+            write(here + '/d-other', 'ours')
+            os.mkdir(here + '/d/empty')
+            runs.append((change, here, there, stack.enter_context(
+                Running(tmp_path, here, far, *shell_command(tmp_path, shell), wait=False))))
+        for change, here, there, running in runs:
+            running.in_step()
+            write(here + '/d/inside/deep', 'the last record before was one below it')
+        for change, here, there, running in runs:
+            until_equal(here, there, 20, running=running)
+            running.in_step(2)
+            shutil.rmtree(there + '/d')
+            os.symlink(victim, there + '/d')
+        for change, here, there, running in runs:
+            change(here + '/d')
+        for change, here, there, running in runs:
+            until(lambda: running.out().count('in step') > 2 or 'over there' in running.err(), 20, running.log)
+            if os.path.isdir(here + '/d2') and not os.listdir(here + '/d2'):
+                assert os.path.isdir(there + '/d2') and not os.path.islink(there + '/d2')
+            for directory in next(os.walk(here))[1]:    # what goes, or only its own time changes, meets nothing
+                write(os.path.join(here, directory, 'last'), 'last')
+            until_equal(here, there, 30, running=running)
         assert tree_of(victim) == before
 
 
@@ -2704,8 +2832,7 @@ def test_a_watching_run_cut_at_any_byte_of_any_record_repairs_itself(tmp_path):
             until_equal(source, replica, 30, running=running)
             assert 'connection lost' in running.err()
             steps = running.out().count('in step')
-            write(source + '/last', 'last')
-            contents.add(b'last')
+            put('last', b'last')
             until(lambda: running.out().count('in step') > steps and not fault_staging(replica))
     finally:
         over.set()
@@ -2727,6 +2854,46 @@ def test_a_replica_taken_away_with_its_connection_is_made_anew(tmp_path):
         shutil.rmtree(far + '/src')             # without an end of the connection: at the next change
         write(source + '/file', 'new')
         until_equal(source, far + '/src', running=running)
+
+
+@fault_in_each_shell
+def test_a_session_that_was_given_up_writes_nothing_more_once_another_began(tmp_path, shell):
+    """Its connection may be silent here and its bytes still on their way there."""
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/file', 'new')
+    connect = shell_command(tmp_path, shell)
+    text = '%s\nmain - 0123456789ab %s - "" -' % (fr.RECEIVER, shlex.quote(far + '/src'))
+    old = subprocess.Popen([*connect, '-c', text], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    old.stdin.write(b'stage 1 0 \n0\n')
+    while old.stdout.readline() not in (b'0123456789ab 1 0\n', b''):
+        pass
+    once('--no-replicate-on-change', source, far, *connect)
+    said = old.communicate(b'file 2 1 022 - 1 -\n./file\n3\nold0123456789ab.\n', timeout=20)[0]
+    assert b'stop its staging was taken away' in said and not difference(source, far + '/src')
+
+
+@fault_in_each_shell
+@pytest.mark.parametrize('records', [b'file 1 1 022 - 1 -\n./file\n9\nhalf', b'stage 1 0 \n0\npart 2 0 + p\n9\nhalf',
+                                     b'stage 1 0 \n0\nbulk 2 1 script\n.\n9\nhalf'])
+def test_a_record_that_ends_in_its_midst_leaves_nothing(tmp_path, shell, records):
+    text = '%s\nmain - 0123456789ab %s - "" -' % (fr.RECEIVER, shlex.quote(str(tmp_path / 'far')))
+    subprocess.run([*shell_command(tmp_path, shell), '-c', text], input=records, stdout=subprocess.DEVNULL, timeout=20)
+    assert os.listdir(str(tmp_path / 'far')) == []
+
+
+def test_two_that_replicate_to_the_same_place_are_noticed_and_one_ends(tmp_path):
+    sources, far = [str(tmp_path / name / 'src') for name in 'ab'], str(tmp_path / 'far')
+    for source in sources:
+        write(source + '/file', source)
+    os.mkdir(far)
+    with Running(tmp_path, sources[0], far, 'dash') as one, Running(tmp_path, sources[1], far, 'dash', wait=False) as two:
+        def ended():
+            for source in sources:
+                for i in range(9):
+                    write('%s/%d' % (source, i), '%f' % time.monotonic())
+            return [each for each in (one, two) if each.process.poll() is not None]
+        first = until(ended, 60, lambda: one.log() + two.log())[0]
+        assert first.process.returncode == 1 and 'another file_replicator replicates to ' + far in first.err()
 
 
 def test_a_paused_far_side_goes_on_where_it_was(tmp_path):
@@ -2884,6 +3051,19 @@ def test_a_far_side_that_closes_only_its_output_is_left_and_connected_again(tmp_
     fault_nothing_left(far)
 
 
+FAULT_NO_ECHO = """
+import os, pty, subprocess, termios, threading
+ours, theirs = pty.openpty()
+mode = termios.tcgetattr(theirs)
+mode[3] &= ~termios.ECHO
+termios.tcsetattr(theirs, termios.TCSANOW, mode)
+subprocess.Popen(['sh'], stdin=theirs, stdout=theirs, stderr=theirs)
+threading.Thread(target=lambda: [os.write(1, os.read(ours, 9999)) for _ in iter(int, 1)], daemon=True).start()
+while True:
+    os.write(ours, os.read(0, 999) or os._exit(0))
+"""
+
+
 @pytest.mark.parametrize('words, says', [
     (['cat'], 'no shell'), (['true'], 'ended with status 0'), (['false'], 'ended with status 1'),
     (['no-such-command-anywhere'], 'cannot run no-such-command-anywhere: No such file'), (['/etc/passwd'], 'ermission denied'),
@@ -2891,6 +3071,7 @@ def test_a_far_side_that_closes_only_its_output_is_left_and_connected_again(tmp_
     (['sh', '-c', 'exit 127'], 'not found'), (['sh', '-c', 'kill -9 $$'], 'signal 9'), (['head', '-c', '100'], 'ended with status 0'),
     ([sys.executable, '-c', 'import sys; sys.stdin.read(9)'], 'ended with status 0'),
     (['tee', '/dev/null'], 'no shell'), ([sys.executable, '-c', 'import pty; pty.spawn("sh")'], 'goes through a terminal'),
+    pytest.param([sys.executable, '-c', FAULT_NO_ECHO], 'goes through a terminal', id='a terminal without echo'),
     (['sh', '-c', 'echo; echo one; echo; echo two; echo >&2; exit 3'], 'status 3: one; two;')], ids=str)
 def test_a_command_that_is_no_shell_ends_the_program_with_what_it_said(tmp_path, words, says):
     source = str(tmp_path / 'src')
@@ -2901,6 +3082,7 @@ def test_a_command_that_is_no_shell_ends_the_program_with_what_it_said(tmp_path,
 
 
 FAULT_STARTS = {
+    'SHELLOPTS': 'exec env SHELLOPTS=errexit:nounset:noglob:noclobber {shell}',
     '-e': 'exec {shell} -e', '-u': 'exec {shell} -u', '-C': 'exec {shell} -C', '-euC': 'exec {shell} -euC', '-f': 'exec {shell} -f',
     'IFS': 'IFS=/01abcdefn; export IFS; exec {shell}', 'empty IFS': 'IFS=; export IFS; exec {shell}',
     'LANG': 'LANG=tr_TR.UTF-8 LC_ALL=ja_JP.SJIS LANGUAGE=de; export LANG LC_ALL LANGUAGE; exec {shell}',
@@ -2922,17 +3104,18 @@ FAULT_STARTS = {
 def test_a_shell_started_in_a_strange_way_is_right_all_the_same(tmp_path, shell):
     first = 'busybox' if shell == 'busybox sh' else shell
     path = ' '.join([need(first), *shell.split()[1:]])
+    connect = [*shell_command(tmp_path, shell)[:-1], 'sh']      # so that it is this shell that runs the receiver, too
 
     def start(name):
         source, far = str(tmp_path / name / 'src'), str(tmp_path / name / 'far')
         prints = fault_command(tmp_path / name, 'prints', 'echo printed; set -u; alias mv=false rm=false dd=false cd=false\n')
         fault_all_records(source, far + '/src')
         text = FAULT_STARTS[name].format(shell=path, prints=prints)
-        done = once('--mirror', '--no-replicate-on-change', source, far, 'sh', '-c', text)
+        done = once('--mirror', '--no-replicate-on-change', source, far, *connect, '-c', text)
         assert not difference(source, far + '/src') and not done.stderr, done.stderr
         write(source + '/more', 'one more', 0o640)
         shutil.rmtree(source + '/many')
-        once('--mirror', '--no-replicate-on-change', source, far, 'sh', '-c', text)
+        once('--mirror', '--no-replicate-on-change', source, far, *connect, '-c', text)
         assert not difference(source, far + '/src')
     fault_together([(name,) for name in FAULT_STARTS], start)
 
@@ -2942,21 +3125,27 @@ def test_a_shell_started_in_a_strange_way_is_right_all_the_same(tmp_path, shell)
 def test_what_cannot_be_read_is_named_and_nothing_of_it_is_removed(tmp_path, fault_not_root):
     source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
     replica = far + '/src'
-    for name in ('file', 'closed/in', 'closed/deep/er', 'late/in', 'fine'):
+    for name in ('file', 'closed/in', 'closed/deep/er', 'half/in', 'late/in', 'fine'):
         write(os.path.join(source, name), 'first')
     write(source + '/shut', 'never read', 0o000)
     os.mkdir(far)
-    shutil.copytree(source + '/closed', replica + '/closed')        # of an earlier run
-    os.chmod(source + '/closed', 0o000)
+    for name, mode in (('closed', 0o000), ('half', 0o444)):         # half: the names can be read, and no more
+        shutil.copytree(os.path.join(source, name), os.path.join(replica, name))        # of an earlier run
+        os.chmod(os.path.join(source, name), mode)
     try:
         done = once('--mirror', '--no-replicate-on-change', source, far, 'bash', expect=1)
         for name in ('shut: .*ermission denied', 'closed: .*ermission denied'):
             assert re.search('file_replicator: ' + name, done.stderr), done.stderr
-        assert open(replica + '/closed/deep/er').read() == open(replica + '/fine').read() == 'first'
+        for name in ('closed/deep/er', 'half/in', 'fine'):
+            assert fault_holds(replica, name, b'first')
         assert 'in step' not in done.stdout
         with Running(tmp_path, '--mirror', source, far, 'bash', wait=False) as running:
             running.says('not in step')
-            os.chmod(source + '/late', 0o000)               # while we watch
+            write(source + '/closed/new', 'new')
+            os.chmod(source + '/closed', 0o755)             # while we watch
+            until(lambda: fault_holds(replica, 'closed/new', b'new'), 20, running.log)
+            os.chmod(source + '/late', 0o000)
+            running.says('late: cannot be listed')
             os.chmod(source + '/file', 0o000)
             write(source + '/fine', 'second')
             until(lambda: fault_holds(replica, 'fine', b'second'))
@@ -2966,14 +3155,14 @@ def test_what_cannot_be_read_is_named_and_nothing_of_it_is_removed(tmp_path, fau
             running.says('fine: cannot be looked at')
             assert fault_holds(replica, 'fine', b'second')
             os.chmod(source, 0o755)
-            for name in ('closed', 'late'):
+            for name in ('half', 'late'):
                 os.chmod(os.path.join(source, name), 0o755)
             for name in ('file', 'shut'):
                 os.chmod(os.path.join(source, name), 0o644)
             until_equal(source, replica, FAULT_ROOM_SECONDS, running=running)
             until(lambda: running.out().splitlines()[-1] == 'in step')
     finally:
-        for name in ('closed', 'late', '.'):
+        for name in ('closed', 'half', 'late', '.'):
             os.chmod(os.path.join(source, name), 0o755)
 
 
@@ -3010,6 +3199,20 @@ def test_files_that_vanish_grow_shrink_and_turn_into_others_end_up_right(tmp_pat
                     os.remove('%s/%d' % (source, number))
         until_equal(source, far + '/src', 60, running=running)
         assert running.connections() and 'lost' not in running.err()
+
+
+def test_a_large_file_that_changes_while_it_is_sent_once_ends_up_right(tmp_path):
+    """Nobody watches, so no event tells."""
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/large', FAULT_BIG[:3000000])
+    os.mkdir(far)
+    connect, controls = fault_relay(tmp_path, 'dash', slow=0.01)
+    with Running(tmp_path, '--no-replicate-on-change', source, far, *connect, wait=False) as running:
+        until(lambda: any(os.path.getsize(os.path.join(d, name)) for staged in fault_staging(far)
+                          for d, _, names in os.walk(staged) for name in names if name.startswith('part')), 20, running.log)
+        with open(source + '/large', 'r+b') as file:
+            file.write(b'changed')
+        assert running.process.wait(30) == 0 and not difference(source, far + '/src')
 
 
 def test_files_rewritten_all_the_time_do_not_keep_others_waiting_and_arrive_themselves(tmp_path):
@@ -3494,6 +3697,15 @@ def test_names_that_our_staging_has_are_left_out_with_a_notice(tmp_path):
 
 # ---- mirror and clean-out
 
+def test_a_replica_that_is_its_source_by_another_path_is_refused(fault_open):
+    write(fault_open + '/p/x/file', 'precious')
+    os.mkdir(fault_open + '/q')
+    with fault_mount(fault_open + '/q', '--bind', fault_open + '/p'):
+        done = once('--mirror', fault_open + '/p/x', fault_open + '/q', 'bash', expect=1, timeout=20)
+    assert 'choose another destination' in done.stderr and fault_holds(fault_open, 'p/x/file', b'precious')
+    assert os.listdir(fault_open + '/p/x') == ['file']
+
+
 def fault_receiver(root, flags, **env):
     """What the receiver says to a root and flags, without a record."""
     done = subprocess.run(['sh', '-c', '%s\nmain - 0123456789ab %s %s "" -' % (fr.RECEIVER, shlex.quote(root), flags)],
@@ -3914,6 +4126,25 @@ def test_a_changed_gitignore_is_taken_up_while_watching(tmp_path, repository):
         write(str(source / 'f.o'))
         until(lambda: option_has(there, 'f.o') and not option_has(there, '.gitignore'), 5)
         assert option_has(there, 'b.o', 'deep/er/e.tmp')
+
+
+@pytest.mark.parametrize('far', OPTION_FARS)
+@pytest.mark.parametrize('repository', [True, False])
+def test_what_git_would_ignore_is_never_removed_though_it_stands_only_there(tmp_path, repository, far):
+    source, _ = option_source(tmp_path, 'a', 'd/b')
+    write(str(source / '.gitignore'), '*.log\nbuild/\n/top\n!keep.log\n')
+    write(str(source / 'd/.gitignore'), 'c.tmp\n')
+    if repository:
+        git_init(source)
+    there = option_replica(tmp_path, far)
+    stay = ['x.log', 'd/y.log', 'build/out/z', 'e/build/z', 'top', 'd/c.tmp', 'new/x.log']
+    for name in [*stay, 'd/other', 'extra/f', 'keep.log', 'c.tmp', 'd/top']:
+        write(os.path.join(there, name), 'theirs')
+    os.mkdir(os.path.join(there, 'd/build'))
+    option_once(tmp_path, '--mirror', far=far)
+    assert os.path.isdir(os.path.join(there, 'd/build'))
+    assert [path for path in option_paths(there) if os.path.isfile(os.path.join(there, path))] == sorted(
+        [*stay, 'a', 'd/b', '.gitignore', 'd/.gitignore'])
 
 
 def test_a_repository_made_while_watching_is_asked_from_then_on(tmp_path):
@@ -4444,10 +4675,21 @@ def test_a_hook_that_leaves_a_server_running_does_not_hold_up_the_next(tmp_path,
 
 def test_edits_do_not_wait_for_a_slow_hook_here(tmp_path):
     source, there = option_source(tmp_path, 'a')
-    with option_watching(tmp_path, '--hook', 'echo run; sleep 30') as running:
+    with option_watching(tmp_path, '--hook', 'echo $$ >../hook; exec sleep 30', cwd=str(source)) as running:
+        pid = until(lambda: os.path.exists(str(tmp_path / 'hook')) and (tmp_path / 'hook').read_text().strip())
         write(str(source / 'a'), 'changed')
         until(lambda: (there / 'a').read_bytes() == b'changed', 3)
         assert running.stop() == 0
+    until(lambda: not os.path.exists('/proc/' + pid), 5)
+
+
+def test_a_remote_hook_may_take_longer_than_anything_else_may(tmp_path, monkeypatch, capfd):
+    source, there = option_source(tmp_path, 'a')
+    option_age(source)          # or it would be sent again, and the hook run again, for as long as it is lost
+    monkeypatch.setattr(fr, 'SILENT_SECONDS', 0.5)
+    words = ['--no-replicate-on-change', '--remote-hook', 'sleep 1.5; echo it took its time']
+    assert fr.replicate(fr.parse([*words, str(source), str(there.parent), 'bash'])) == 0
+    assert capfd.readouterr().err == 'file_replicator: remote hook: it took its time\n'
 
 
 # ---- --wait, --log-file, --quiet
