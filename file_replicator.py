@@ -2756,6 +2756,7 @@ class Replica:
             raise Drifted('%s: %s' % (shown(only.path), said or 'it is not there any more'))
         if code == 1 and in_the_way and not follows and not self.remote.folders.get(only.path):
             self.report.notice(only.path, 'stays over there: it holds what was not replicated')
+            self.report.solved(only.path, 'send')
             self.tries.pop(only.path, None)
             return 0
         if code == 3 or code == 1 and only.verb == 'meta' and len(steps) == 1:
@@ -2781,11 +2782,11 @@ class Replica:
         for path in [path for path in differences(self.source.tree, self.remote)
                      if self.source.tree.get(path) is None and self.source.left_out.within(path)]:
             self.remote.put(path, None)         # it became left out meanwhile
-        self.hint_differences()
+        self.look_again(differences(self.source.tree, self.remote))
 
-    def hint_differences(self) -> None:
-        """Has all looked at that differs, but for what waits for its turn or its next try."""
-        for path in list(differences(self.source.tree, self.remote)):
+    def look_again(self, paths: Iterable[str]) -> None:
+        """Has these compared, but for what waits for its turn or its next try."""
+        for path in paths:
             if not (path in self.waiting or path in self.jobs or path in self.source.later
                     or self.is_blocked(path)):
                 self.source.hint(path, LOOK)
@@ -2824,8 +2825,8 @@ class Replica:
         if self.tries.pop(path, 0):
             if path in self.source.later:
                 self.source.hint(path, META)    # it need not wait for its next try
-            if step.entry is not None and step.entry.kind == 'd' or step.entry is None:
-                self.hint_differences()         # nor what is in it
+            # nor what is in it
+            self.look_again([*self.source.tree.below(path), *self.remote.below(path)])
         if not is_news(step):
             return
         self.confirmed.append(path)

@@ -1715,6 +1715,30 @@ def test_after_random_changes_and_cut_connections_the_replica_is_the_same(kind, 
         sum(int(size.replace(',', '')) for size in re.findall(r'\(([\d,]+) bytes, \d+ ms\)', run.out()))))
 
 
+def test_after_random_changes_while_tools_fail_over_there_the_replica_is_the_same(tmp_path):
+    """Each tool fails now and then, without doing anything, while much is on its way; at last all work again."""
+    source, far, failing = str(tmp_path / 'tree'), str(tmp_path / 'far'), str(tmp_path / 'failing')
+    words = shell_command(tmp_path, 'dash')
+    for tool in ('mv', 'rm', 'mkdir', 'rmdir', 'ln', 'chmod', 'touch', 'tar'):
+        fault_command(tmp_path / 'shims-dash', tool, '#!/bin/sh\nif [ -e %s ] && [ $(($$ %% 31)) = 0 ]; then\n'
+                      'echo "%s: refused" >&2; exit 1; fi\nexec %s "$@"\n' % (failing, tool, need(tool)))
+    seed = int(os.environ.get('SEED') or random.randrange(10**6))
+    print('SEED=%d' % seed)
+    os.mkdir(far)
+    os.mkdir(source)
+    churn = Churn(source, seed)
+    churn.run(100)
+    with Running(tmp_path, source, far, *words) as running:
+        write(failing)
+        end = time.monotonic() + float(os.environ.get('CHURN_SECONDS') or 5)
+        while time.monotonic() < end:
+            churn.run(churn.rng.randrange(1, 10))
+            time.sleep(churn.rng.choice([0, 0.01, 0.05, 0.1]))
+        os.remove(failing)
+        until_equal(source, far + '/tree', 75, running=running)
+        assert running.err().count('refused') > 2
+
+
 # ==== Command line ==========================================================================================
 
 @pytest.fixture
