@@ -1326,6 +1326,9 @@ def recover(tree: Tree, answers: List[Tuple[List[Step], int]]) -> None:
             elif code == 1 and step.verb != 'meta':
                 if step.verb not in ('remove', 'rmdir'):
                     tree.put(path, UNKNOWN)
+                if step.verb == 'move':         # perhaps to another file system: all is sent, not renamed
+                    for each in [step.detail, *tree.below(step.detail)]:
+                        tree.put(each, (tree.get(each) or UNKNOWN)._replace(inode=None))
             else:
                 apply(tree, step)
                 if code:                        # but for its mode or time, which no entry has
@@ -2285,7 +2288,8 @@ class Replica:
         for path in local.below('') if sums else ():
             here, there = local.get(path), remote.get(path)
             if there is not None and here.kind == there.kind == 'f' and here.size == there.size:
-                hints[path] = META if sums.get(path, '-') == self.sum_here(tool, path) else CONTENT
+                same = path in sums and sums[path] == self.sum_here(tool, path)
+                hints[path] = META if same else CONTENT
         for path in differences(local, remote):
             hints.setdefault(path, LOOK)
 
@@ -2753,12 +2757,15 @@ class Replica:
         in_the_way = only.verb == 'rmdir' and len(steps) == 1 and re.search('not empty|busy', said, re.I)
         if code == 2 and not follows and self.drifts < DRIFTS_MOST:
             self.drifts += 1
+            self.answers.append((steps, code))
             raise Drifted('%s: %s' % (shown(only.path), said or 'it is not there any more'))
         if code == 1 and in_the_way and not follows and not self.remote.folders.get(only.path):
             self.report.notice(only.path, 'stays over there: it holds what was not replicated')
             self.report.solved(only.path, 'send')
             self.tries.pop(only.path, None)
             return 0
+        if code == 2 and follows:       # for want of another that failed: it is planned anew
+            return code
         if code == 3 or code == 1 and only.verb == 'meta' and len(steps) == 1:
             if only.verb == 'meta' and only.detail == 't' and only.entry.kind == 'd':
                 # Only its owner may set it, so one more try is enough, until something changes in it.
@@ -2770,8 +2777,8 @@ class Replica:
         elif len(steps) > 1 or only.verb == 'move':
             for step in steps:
                 self.tries.setdefault(step.path, 0)
-        else:                           # what failed for want of another is not named
-            self.failed(only.path, '' if code == 2 and follows else said or 'it could not be done over there')
+        else:
+            self.failed(only.path, said or 'it could not be done over there')
         return code
 
     def recover(self) -> None:
@@ -2809,8 +2816,8 @@ class Replica:
             self.remote.put(path, UNKNOWN)
 
     def failed(self, path: str, why: str, hint: int = CONTENT) -> None:
-        """Says why a path could not be replicated ('': that was said of another), once, and has it tried
-        again while there is somebody to see it."""
+        """Says why a path could not be replicated ('': that was said), once, and has it tried again while
+        there is somebody to see it."""
         if why:
             self.report.problem(path, why, 'send')
         tries = self.tries[path] = self.tries.get(path, 0) + 1
