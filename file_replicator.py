@@ -2172,8 +2172,8 @@ OPEN_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 class Replica:
     """What the far side holds, and what is on its way there.
 
-    `remote` is what it will hold once it has answered all that is on its way. A step that fails makes its
-    path UNKNOWN, so it is taken again; nothing is said to be replicated before it is answered; and each new
+    `remote` is what it will hold once it has answered all that is on its way. Nothing is said to be
+    replicated before it is answered; after a failure `remote` is reckoned anew from the answers; and each new
     connection begins with what the far side lists."""
 
     def __init__(self, options: Options, source: Source, report: 'Report'):
