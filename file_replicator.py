@@ -2195,6 +2195,7 @@ class Replica:
         self.tries: Dict[str, int] = {}
         self.unstable: Dict[str, int] = {}          # how often a file changed while it was read
         self.settled: Dict[str, Entry] = {}         # directories whose mode and time the archive itself sets
+        self.excused: Set[str] = set()              # what differed at a start without replication
         self.confirmed: List[str] = []              # paths, since the hooks last ran
         self.last_sent: Dict[str, float] = {}       # for --update-interval
         self.drifts = 0                             # in a row, without coming into step
@@ -2224,12 +2225,14 @@ class Replica:
         elif self.overlaps() and not options.dry_run:
             self.probe()                # before anything is touched
         hints = {path: why for path, why in self.taking.items() if why == CONTENT}
+        self.excused.difference_update(self.taking)
         if self.begun or options.initial:
             if options.clean_out and not self.begun:
                 self.carry_out(plan(self.remote, Tree(), dict.fromkeys(self.remote.below(''), LOOK)))
             self.compare(hints)
         else:
             hints = {}
+            self.excused.update(differences(source.tree, self.remote))
         self.remote.root = self.remote.root or source.tree.root
         self.known, self.begun = None, True
         del far.listing[:]
@@ -2290,8 +2293,12 @@ class Replica:
             if there is not None and here.kind == there.kind == 'f' and here.size == there.size:
                 same = path in sums and sums[path] == self.sum_here(tool, path)
                 hints[path] = META if same else CONTENT
-        for path in differences(local, remote):
+        for path in self.differing():
             hints.setdefault(path, LOOK)
+
+    def differing(self) -> Iterator[str]:
+        """The paths where something is to be done, as far as is known."""
+        return (path for path in differences(self.source.tree, self.remote) if path not in self.excused)
 
     def sum_here(self, tool: str, path: str) -> str:
         import hashlib
@@ -2379,6 +2386,7 @@ class Replica:
         """Sends what is to be sent at these paths at once, if it is little; else what goes, moves, and makes
         directories of what moved; the rest becomes the backlog, which later edits overtake."""
         self.taking = changed
+        self.excused.difference_update(changed)
         local, remote = self.source.tree, self.remote
         now = time.monotonic()
         for path in list(changed) if self.options.update_interval else ():
@@ -2786,10 +2794,10 @@ class Replica:
         and what differs sent."""
         answers, self.answers = self.answers, []
         recover(self.remote, answers)
-        for path in [path for path in differences(self.source.tree, self.remote)
-                     if self.source.tree.get(path) is None and self.source.left_out.within(path)]:
-            self.remote.put(path, None)         # it became left out meanwhile
-        self.look_again(differences(self.source.tree, self.remote))
+        for path in list(self.differing()):
+            if self.source.tree.get(path) is None and self.source.left_out.within(path):
+                self.remote.put(path, None)     # it became left out meanwhile
+        self.look_again(self.differing())
 
     def look_again(self, paths: Iterable[str]) -> None:
         """Has these compared, but for what waits for its turn or its next try."""
