@@ -2038,6 +2038,8 @@ class Report:
                 for line in lines:
                     self.log.write('%s %s\n' % (time.strftime('%Y-%m-%d %H:%M:%S'), line))
             except OSError as error:
+                with contextlib.suppress(OSError):      # what it still holds cannot be written either
+                    self.log.close()
                 self.log = None
                 self.warn('the log file %s is given up: %s' % (shown(self.options.log_file), error.strerror))
 

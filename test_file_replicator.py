@@ -205,9 +205,8 @@ def shell_command(tmp, shell):
     for name in ('sh', 'dash'):
         if not os.path.lexists(os.path.join(shims, name)):
             os.symlink(real, os.path.join(shims, name))
-    with open(os.path.join(shims, 'busybox'), 'w') as file:
-        file.write('#!%s\nexit 1\n' % need('bash'))
-    os.chmod(file.name, 0o755)
+    if not os.path.exists(os.path.join(shims, 'busybox')):      # another run may be starting it just now
+        write(os.path.join(shims, 'busybox'), '#!%s\nexit 1\n' % need('bash'), 0o755)
     return ['env', 'PATH=%s:%s' % (shims, os.environ['PATH']), real]
 
 
