@@ -33,6 +33,7 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 
 import pytest
 
@@ -4943,14 +4944,13 @@ def test_help_is_grouped_and_each_option_has_its_default_or_its_unit(tmp_path):
 
 # ==== Two at a time ===========================================================================================
 #
-# SHARD=1 runs every second test, SHARD=2 the others, so that two processes share the work. What changes a setting of
+# SHARD=1 runs half of the tests, by a sum of their names, SHARD=2 the others, so that two processes share the work. What changes a setting of
 # the whole kernel is in neither: SHARD=alone. Without SHARD all is run.
 
 ALONE = {'test_a_queue_of_events_that_ran_over_is_made_good', 'test_lost_events_are_made_good',
          'test_it_imports_the_standard_library_and_inotify_simple_only'}
 
 if 'SHARD' in os.environ:
-    for number, name in enumerate(sorted(name for name in globals() if name.startswith('test_'))):
-        if (name in ALONE) != (os.environ['SHARD'] == 'alone') or name not in ALONE and (
-                number % 2 != int(os.environ['SHARD']) % 2):
+    for name in [name for name in globals() if name.startswith('test_')]:
+        if str('alone' if name in ALONE else 1 + zlib.crc32(name.encode()) % 2) != os.environ['SHARD']:
             del globals()[name]
