@@ -571,9 +571,7 @@ class Step(NamedTuple):
     verb: str                   # dir, file, link, meta, remove, rmdir, move
     path: str
     entry: Optional[Entry]      # what stands there afterwards; None for nothing
-    # move: from where; meta: 'm' the mode, 't' the time, 'mt' both; file: the bytes of the one that stands
-    # there; dir, file, link: '?' if what stands there is not known
-    detail: str = ''
+    detail: str = ''            # move: from where; meta: 'm' the mode, 't' the time, 'mt' both
     before: Optional[Entry] = None      # what stood at the path
 
 
@@ -1371,11 +1369,13 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True) 
     paths = dict(hints)
     gone: Set[str] = set()
     for path in hints:
-        there, here = remote.get(path), local.get(path)
         above = parent(path)            # has to be there before it
-        while path and here is not None and above not in paths and not remote.is_directory(above):
+        while (path and above not in paths and not remote.is_directory(above)
+               and local.get(path) is not None):
             paths[above] = LOOK
             above = parent(above)
+        there = remote.get(path)
+        here = local.get(path) if there is not None else None
         if there is not None and (here is None or there.kind in 'd?' and here.kind != 'd'):
             gone.update(below for below in remote.below(path))
             if here is None:
@@ -1422,10 +1422,9 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True) 
         if here.kind != 'd':
             files.append(path)
         elif not remote.is_directory(path):
-            unknown = there is not None and there.kind == '?'
-            if there is not None and not unknown:
+            if there is not None and there.kind != '?':
                 take('remove', path, None)
-            take('dir', path, here._replace(mode=here.mode & 0o777 | 0o700), '?' * unknown)
+            take('dir', path, here._replace(mode=here.mode & 0o777 | 0o700))
             disturbed.add(path)
         else:
             disturbed.add(path)
@@ -1444,8 +1443,7 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True) 
                 or here.kind == 'f' and (paths[path] == CONTENT
                                          or not same_time(there.mtime_ns, here.mtime_ns)
                                          and (paths[path] != META or there.mtime_ns is None))):
-            stood = {'f': str(there.size), '?': '?'}.get(there.kind, '') if there is not None else ''
-            take({'f': 'file', 'l': 'link'}[here.kind], path, here, stood)
+            take({'f': 'file', 'l': 'link'}[here.kind], path, here)
         else:
             set_meta(take, remote, path, there, here)
     for path in sorted(disturbed | opened, reverse=True):
@@ -2443,10 +2441,11 @@ class Replica:
                 # it is looked at again when the job is done
                 self.source.hint(path, hints.pop(path), QUIET_SECONDS)
         steps = plan(self.remote, self.source.tree, hints, not self.options.no_delete)
-        for path in hints.keys() & self.tries.keys() - {step.path for step in steps} if self.tries else ():
-            if self.source.tree.get(path) is None:      # what failed is not wanted any more
-                del self.tries[path]
-                self.report.solved(path, 'send')
+        if self.tries:
+            for path in (self.tries.keys() & hints.keys()) - {step.path for step in steps}:
+                if self.source.tree.get(path) is None:  # what failed is not wanted any more
+                    del self.tries[path]
+                    self.report.solved(path, 'send')
         self.carry_out(steps)
 
     def carry_out(self, steps: List[Step]) -> None:
@@ -2532,9 +2531,11 @@ class Replica:
                         self.cancel(step.path)
                     read = self.read(step)
                     if read is None:
+                        take_back(self.remote, step)
                         continue
                     step, data = read
-            alone = (name != '-' or step.detail == '?' or step.path in self.tries
+            unknown = step.before is not None and step.before.kind == '?'
+            alone = (name != '-' or unknown or step.path in self.tries
                      or self.mounts and self.is_mounted(step.path)
                      or not 0 <= (step.entry.mtime_ns or 0) < 8 * 10**18)       # the times that tar knows
             if alone or size >= most or len(batch) >= BULK_PATHS:
@@ -2605,7 +2606,6 @@ class Replica:
         try:
             fd = os.open(self.source.full(path), OPEN_FLAGS)
         except OSError as error:
-            take_back(self.remote, step)
             self.unreadable(path, error)
             return None
         try:
@@ -2614,7 +2614,6 @@ class Replica:
                 data = os.pread(fd, size + 1, 0)
                 status = os.fstat(fd)
                 if not stat.S_ISREG(status.st_mode) or status.st_size > BULK_BYTES:
-                    take_back(self.remote, step)
                     self.source.hint(path, CONTENT)
                     return None
                 if len(data) == size == status.st_size and mtime_ns == status.st_mtime_ns:
@@ -2630,7 +2629,6 @@ class Replica:
                 step = step._replace(entry=entry)
             return step, data
         except OSError as error:
-            take_back(self.remote, step)
             self.unreadable(path, error)
             return None
         finally:
@@ -2717,7 +2715,7 @@ class Replica:
               faults: List[OSError]) -> Iterator[int]:
         """Has the far side stage what stands there, and sends the blocks that differ. Yields how far it came;
         0 while it waits, and at last if there is nothing to begin with: then the file is sent whole."""
-        common = min(job.step.entry.size, int(job.step.detail.strip('?') or 0))
+        common = min(job.step.entry.size, job.step.before.size if job.step.before is not None else 0)
         if common <= BULK_BYTES or self.can[2] == '-':
             return
         import hashlib
