@@ -19,7 +19,7 @@ program does is to make the second equal to the first. An event only says where 
 follows from comparing the two trees. So new directories, renames, lost events, a connection that broke and a
 container that was made anew are one and the same case, with more or fewer paths to look at.
 
-Read from the top: the receiver is all that runs over there. The program itself is `replicate`, in section 8;
+Read from the top: the receiver is all that runs over there. The program itself is `replicate`, in section 10;
 sections 2, 5 and 6 touch nothing, no clock, no disk and no process.
 """
 
@@ -1970,7 +1970,19 @@ def has_terminal() -> bool:
         return False
 
 
-# ==== 8. Replicate: bring the replica into step, and keep it there ==========================================
+# ==== 8. Report: what the user is told, and the hook ========================================================
+
+def to_stdout(text: str) -> None:
+    """Raises Stopped where nobody reads any more, Stop where it cannot be written; no more is tried then."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if isinstance(error, BrokenPipeError):
+            raise Stopped
+        raise Stop('cannot write to standard output: %s' % error.strerror)
+
 
 def to_stderr(text: str) -> None:
     with contextlib.suppress(OSError):  # nobody to tell
@@ -2021,14 +2033,10 @@ class Report:
             return
         self.erase()
         try:
-            sys.stdout.write('\n'.join(lines) + '\n')
-            sys.stdout.flush()
-        except BrokenPipeError:         # nobody reads what we say, and nobody asked for more
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            raise Stopped
-        except OSError as error:
+            to_stdout('\n'.join(lines) + '\n')
+        except Stop as why:
             self.quiet = True
-            self.warn('cannot write to standard output: %s; going on without' % error.strerror)
+            self.warn('%s; going on without' % why)
 
     def write_log(self, lines: Iterable[str]) -> None:
         if self.log:
@@ -2097,10 +2105,11 @@ class Report:
             to_stderr('\r\033[K')
             self.drawn = 0.0
 
-    def in_step(self) -> None:
+    def in_step(self, excused: int) -> None:
+        """Says that all is confirmed, but for so many paths that were not to be sent at the start."""
         self.count_nothing()
         if not self.problems:
-            self.line('in step')
+            self.line('in step, but for %d paths that differed at the start' % excused if excused else 'in step')
         elif set(self.problems) != self.told:
             self.warn('not in step: %d paths could not be replicated' % len(self.problems))
         self.told = set(self.problems)
@@ -2150,6 +2159,8 @@ class Hooks:
                 os.killpg(self.process.pid, signal.SIGTERM)
 
 
+# ==== 9. Replica: what the far side holds, and what is on its way there =====================================
+
 class Job:
     """A large file on its way into the far side's staging, in parts."""
 
@@ -2170,11 +2181,9 @@ OPEN_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class Replica:
-    """What the far side holds, and what is on its way there.
-
-    `remote` is what it will hold once it has answered all that is on its way. Nothing is said to be
-    replicated before it is answered; after a failure `remote` is reckoned anew from the answers; and each new
-    connection begins with what the far side lists."""
+    """`remote` is what the far side will hold once it has answered all that is on its way. Nothing is said to
+    be replicated before it is answered; after a failure `remote` is reckoned anew from the answers; and each
+    new connection begins with what the far side lists."""
 
     def __init__(self, options: Options, source: Source, report: 'Report'):
         self.options, self.source, self.report = options, source, report
@@ -2290,7 +2299,8 @@ class Replica:
         hints.update((path, CONTENT) for path in fresh if local.get(path) is not None)
         for path in local.below('') if sums else ():
             here, there = local.get(path), remote.get(path)
-            if there is not None and here.kind == there.kind == 'f' and here.size == there.size:
+            if (there is not None and here.kind == there.kind == 'f' and here.size == there.size
+                    and path not in self.excused):
                 same = path in sums and sums[path] == self.sum_here(tool, path)
                 hints[path] = META if same else CONTENT
         for path in self.differing():
@@ -2756,7 +2766,7 @@ class Replica:
         if code or self.answers:
             self.answers.append((steps, code))
         if self.answers and not self.flying:
-            self.recover()
+            self.take_stock()
 
     def failed_there(self, steps: List[Step], code: int, said: str) -> int:
         """Says why steps failed, and when they are to be tried again. Returns the code, or 0 for what is as
@@ -2789,7 +2799,7 @@ class Replica:
             self.failed(only.path, said or 'it could not be done over there')
         return code
 
-    def recover(self) -> None:
+    def take_stock(self) -> None:
         """After a failure, once all that was on its way is answered: has `remote` hold what the answers say,
         and what differs sent."""
         answers, self.answers = self.answers, []
@@ -2885,6 +2895,8 @@ class Drifted(Lost):
     anew."""
 
 
+# ==== 10. The program =======================================================================================
+
 def replicate(options: Options) -> int:
     """The whole program: looks at the source while the far side starts, compares, sends what differs, and
     goes on as long as it is watched; when a connection ends, it makes another and begins again. Returns the
@@ -2950,7 +2962,7 @@ def keep_in_step(options: Options, source: Source, replica: Replica, hooks: Hook
             if not replica.announced:
                 replica.announced = True
                 replica.drifts = 0
-                report.in_step()
+                report.in_step(len(replica.excused))
                 replica.run_hooks(hooks)
             if not options.watch and replica.is_idle():
                 hooks.queue.join()
@@ -3008,7 +3020,7 @@ class Retry:
             source.listen()
 
 
-# ==== 9. Command line =======================================================================================
+# ==== 11. Command line ======================================================================================
 
 def program(options: Options, before: str, find_words: Sequence[str]) -> Callable[[str], str]:
     """What to send, given the nonce: the receiver as it stands, and one call of it."""
@@ -3131,7 +3143,7 @@ def parse(argv: Sequence[str]) -> Options:
     words, places, command = split_command_line(parser, argv)
     given = parser.parse_args(words)
     if given.receiver:
-        sys.stdout.write(RECEIVER)
+        to_stdout(RECEIVER)
         raise SystemExit(0)
     if len(places) < 2 or not command:
         parser.error('needs SRC_DIR, DEST_PARENT_DIR and CONNECTION_COMMAND; see --help')

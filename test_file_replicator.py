@@ -1919,6 +1919,7 @@ def test_a_directory_that_holds_something_of_theirs_stays_and_that_is_said_once(
 def test_without_initial_replication_only_what_changes_is_sent(tree):
     with Running(tree, '--no-initial-replication', tree / 'src', tree / 'dst', 'bash') as run:
         assert os.listdir(str(tree / 'dst' / 'src')) == []
+        assert 'in step, but for 3 paths that differed at the start\n' in run.out()
         write(str(tree / 'src' / 'sub' / 'new'), 'new')
         until(lambda: (tree / 'dst' / 'src' / 'sub' / 'new').exists(), 10, run.log)
         run.in_step(2)
@@ -4885,6 +4886,13 @@ def test_closed_and_full_outputs_are_no_traceback(tmp_path, redirection):
                           stderr=subprocess.PIPE, timeout=30)
     assert b'Traceback' not in done.stderr and b'Exception' not in done.stderr, done.stderr.decode()
     assert option_has(there, 'a')
+
+
+@pytest.mark.parametrize('redirection, said', [('| true', b''), ('>/dev/full', b'No space left on device')])
+def test_the_receiver_is_printed_without_a_traceback_where_nobody_reads_it(redirection, said):
+    done = subprocess.run(['bash', '-c', ' '.join(command('--receiver')) + ' ' + redirection], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, timeout=30)
+    assert said in done.stderr and done.stderr.count(b'\n') == bool(said), done.stderr.decode()
 
 
 @pytest.mark.parametrize('words, said', [
