@@ -585,35 +585,29 @@ class Tree:
     however large the tree; a subtree costs what is in it."""
 
     def __init__(self):
-        self.root: Optional[Entry] = None
-        self.folders: Dict[str, Dict[str, Entry]] = {'': {}}       # directory: {name: entry}
-
-    def get(self, path: str) -> Optional[Entry]:
-        if not path:
-            return self.root
-        above, _, name = path.rpartition('/')
-        names = self.folders.get(above)
-        return names.get(name) if names else None
+        self.entries: Dict[str, Entry] = {}
+        self.inside: Dict[str, Dict[str, None]] = {'': {}}      # directory: the paths right in it
+        self.get: Callable[[str], Optional[Entry]] = self.entries.get
 
     def put(self, path: str, entry: Optional[Entry]) -> None:
         """Sets what stands at a path whose directory is in the tree; elsewhere it does nothing. What was
         below stays only below what is, or may be, a directory."""
-        if not path:
-            self.root = entry
+        beside = self.inside.get(parent(path))
+        if beside is None:
             return
-        above, _, name = path.rpartition('/')
-        names = self.folders.get(above)
-        if names is None:
-            return
-        if path in self.folders and (entry is None or entry.kind not in 'd?'):
+        if path in self.inside and path and (entry is None or entry.kind not in 'd?'):
             for gone in [path, *self.below(path)]:
-                self.folders.pop(gone, None)
+                self.entries.pop(gone, None)
+                self.inside.pop(gone, None)
         if entry is None:
-            names.pop(name, None)
-        else:
-            names[name] = entry
+            self.entries.pop(path, None)
+            beside.pop(path, None)
+            return
+        self.entries[path] = entry
+        if path:
+            beside[path] = None
             if entry.kind in 'd?':
-                self.folders.setdefault(path, {})
+                self.inside.setdefault(path, {})
 
     def below(self, top: str) -> Iterator[str]:
         """Every path below a directory, sorted within each, what is above before what is in it."""
@@ -622,18 +616,15 @@ class Tree:
             path = stack.pop()
             if path != top:
                 yield path
-            if path in self.folders:
-                prefix = path + '/' if path else ''
-                stack += [prefix + name for name in sorted(self.folders[path], reverse=True)]
+            if path in self.inside:
+                stack += sorted(self.inside[path], reverse=True)
 
     def move(self, old: str, new: str) -> None:
         """Renames, with all that is below."""
-        entry = self.get(old)
-        taken = {path: self.folders[path] for path in [old, *self.below(old)] if path in self.folders}
+        moved = [(new + path[len(old):], self.get(path)) for path in [old, *self.below(old)]]
         self.put(old, None)
-        self.put(new, entry)
-        if new in self.folders:
-            self.folders.update((new + path[len(old):], names) for path, names in taken.items())
+        for path, entry in moved:
+            self.put(path, entry)
 
     def is_directory(self, path: str) -> bool:
         return not path or (self.get(path) or UNKNOWN).kind == 'd'
@@ -812,9 +803,10 @@ class LeftOut:
             raise Stop('%s is there, but git, which would read it, is not; install git, or use --no-gitignore'
                        % shown(path))
 
-    def enter(self, directory: str, names: Collection[str]) -> None:
-        """Takes note of a directory's own repository. Raises Stop."""
-        if self.git and '.git' in names and directory not in self.git:
+    def enter(self, directory: str, paths: Collection[str]) -> None:
+        """Takes note of a directory's own repository, which is among the paths in it. Raises Stop."""
+        git = directory + '/.git' if directory else '.git'
+        if self.git and git in paths and directory not in self.git:
             self.add_work_tree(directory)
 
     def __call__(self, path: str, is_directory: bool) -> bool:
@@ -1157,17 +1149,12 @@ class Source:
             if path.endswith('.gitignore') and self.left_out.ask_git:
                 self.left_out.check_git(path)
                 self.rules_changed = self.rules_changed or entry.mtime_ns > self.git_asked_ns
-        above, _, name = path.rpartition('/')
-        names = self.tree.folders[above]
-        before = names.get(name) if path else self.tree.root
+        before = self.tree.get(path)
         if before != entry:
             self.changed.setdefault(path, LOOK)
             if before is not None and before.kind == 'd' and kind != 'd':
                 self.lose(path)
-            if kind == 'd':
-                self.tree.put(path, entry)
-            else:
-                names[name] = entry
+            self.tree.put(path, entry)
         if kind != 'd':
             if status.st_nlink > 1:
                 paths = self.twins.setdefault(entry.inode, set())
@@ -1206,7 +1193,7 @@ class Source:
                 if self.watch.fd is not None:   # what came into it before it was watched changed its time
                     self.see(directory, functools.partial(os.stat, full))
                 with os.scandir(full) as listed:
-                    found = {item.name: item for item in listed}
+                    found = {prefix + item.name: item for item in listed}
             except (FileNotFoundError, NotADirectoryError):
                 self.hint(directory, LOOK)
                 continue
@@ -1215,22 +1202,22 @@ class Source:
                                     + error.strerror, 'look')
                 self.unlisted.add(directory)
                 continue
-            names = self.tree.folders.get(directory)
-            if names is None:           # it was replaced
+            before = self.tree.inside.get(directory)
+            if before is None:          # it was replaced
                 continue
             self.report.solved(directory, 'look')
             self.unlisted.discard(directory)
             self.left_out.enter(directory, found)
             if top and self.left_out.git:       # it was just asked about all that is in the root
-                self.left_out.ask([prefix + name for name in found if name not in names])
+                self.left_out.ask([path for path in found if path not in before])
             if choosy:
-                found = {name: item for name, item in found.items()
-                         if not self.left_out(prefix + name, item.is_dir(follow_symlinks=False))}
-            for name in [name for name in names if name not in found]:
-                self.lose(prefix + name)
-            for name, item in found.items():
-                if self.see(prefix + name, item.stat):
-                    stack.append(prefix + name)
+                found = {path: item for path, item in found.items()
+                         if not self.left_out(path, item.is_dir(follow_symlinks=False))}
+            for path in [path for path in before if path not in found]:
+                self.lose(path)
+            for path, item in found.items():
+                if self.see(path, item.stat):
+                    stack.append(path)
             tick += 1
             if tick % 64 == 0:
                 self.meanwhile()        # a long scan must not let the kernel's queues run full
@@ -1463,12 +1450,9 @@ def set_meta(take: Callable, remote: Tree, path: str, there: Entry, here: Entry)
 
 def differences(local: Tree, remote: Tree) -> Iterator[str]:
     """The paths where the two are not known to be the same."""
-    for directory, names in local.folders.items():
-        prefix = directory + '/' if directory else ''
-        theirs = remote.folders.get(directory, {})
-        for name, here in names.items():
-            if theirs.get(name) is not here:
-                yield prefix + name
+    for path, here in local.entries.items():
+        if path and remote.get(path) is not here:
+            yield path
     for path in remote.below(''):
         if local.get(path) is None:
             yield path
@@ -1481,11 +1465,9 @@ def believe(listed: Iterable[Tuple[str, Entry]], local: Tree, known: Optional[Tr
     here it is the same object, so that a later rename is known by the inode."""
     remote = Tree()
     for path, entry in listed:
-        above, _, name = path.rpartition('/')
-        names = remote.folders.get(above)
-        if names is None:
+        if parent(path) not in remote.inside:
             continue                    # what is above is not ours
-        here = local.folders.get(above, {}).get(name) if path else local.root
+        here = local.get(path)
         if here is not None:
             if here[:5] == entry[:5] or (same_time(entry.mtime_ns, here.mtime_ns)
                                          and here[:5] == entry._replace(mtime_ns=here.mtime_ns)[:5]):
@@ -1499,12 +1481,7 @@ def believe(listed: Iterable[Tuple[str, Entry]], local: Tree, known: Optional[Tr
                     or before.size == entry.size and same_time(entry.mtime_ns, before.mtime_ns)):
                 same = same_time(entry.mtime_ns, before.mtime_ns)
                 entry = entry._replace(inode=before.inode, mtime_ns=(before if same else entry).mtime_ns)
-        if not path:
-            remote.root = entry
-            continue
-        names[name] = entry
-        if entry.kind == 'd':
-            remote.folders[path] = {}
+        remote.put(path, entry)
     return remote
 
 
@@ -2242,7 +2219,7 @@ class Replica:
         else:
             hints = {}
             self.excused.update(differences(source.tree, self.remote))
-        self.remote.root = self.remote.root or source.tree.root
+        self.remote.put('', self.remote.get('') or source.tree.get(''))
         self.known, self.begun = None, True
         del far.listing[:]
         if options.watch:
@@ -2777,7 +2754,7 @@ class Replica:
             self.drifts += 1
             self.answers.append((steps, code))
             raise Drifted('%s: %s' % (shown(only.path), said or 'it is not there any more'))
-        if code == 1 and in_the_way and not follows and not self.remote.folders.get(only.path):
+        if code == 1 and in_the_way and not follows and not self.remote.inside.get(only.path):
             self.report.notice(only.path, 'stays over there: it holds what was not replicated')
             self.report.solved(only.path, 'send')
             self.tries.pop(only.path, None)

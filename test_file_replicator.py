@@ -375,7 +375,7 @@ def random_local(rng):
     tree.put('', fr.Entry('d', 0o755, 0, 10**18, '', (1, 1)))
     linked = fr.Entry('f', 0o644, 5, 10**18, '', (1, 99))
     for number in range(rng.randrange(9)):
-        above = rng.choice(sorted(tree.folders))
+        above = rng.choice(sorted(tree.inside))
         path = (above + '/' if above else '') + rng.choice('abc')
         if path.count('/') < 4 and tree.get(path) is None:
             tree.put(path, linked if rng.random() < 0.1 else random_entry(rng, (1, 10 + number)))
@@ -395,7 +395,7 @@ def random_remote(rng, local):
     for _ in range(rng.randrange(6)):
         paths = list(tree.below(''))
         old = rng.choice(paths) if paths else ''
-        above = rng.choice(sorted(filter(tree.is_directory, tree.folders)))
+        above = rng.choice(sorted(filter(tree.is_directory, tree.inside)))
         new = (above + '/' if above else '') + rng.choice('abcd')
         what = rng.choice(['move', 'move', 'put', 'drop', 'change', 'unknown'])
         if what == 'move' and old and not (new + '/').startswith(old + '/') and not (
@@ -452,7 +452,7 @@ def assert_can_be_taken(tree, step):
     elif step.verb == 'meta':
         assert there is not None, step
     elif step.verb == 'rmdir':
-        assert there is not None and not tree.folders.get(step.path), step
+        assert there is not None and not tree.inside.get(step.path), step
     elif step.verb == 'remove':
         assert there is not None and there.kind in 'fls', step
     elif step.verb == 'dir':
@@ -496,7 +496,7 @@ def known_only(tree):
 def take_there(truth, step):
     """Takes a step as the receiver would, whatever stands there; the code it answers."""
     there = truth.get(step.path)
-    empty = there is None or there.kind != 'd' or not truth.folders[step.path]
+    empty = there is None or there.kind != 'd' or not truth.inside[step.path]
     if not truth.is_directory(fr.parent(step.path)) and step.verb not in ('remove', 'rmdir'):
         return 2
     if step.verb == 'meta':
@@ -633,7 +633,7 @@ def test_what_is_listed_is_believed_where_it_is_ours():
     local, known = small_tree(), small_tree(d_f={'size': 9})
     known.put('was', fr.Entry('f', 0o644, 3, 10**18 + 7, '', (1, 50)))
     known.put('changed', fr.Entry('f', 0o644, 3, 10**18 + 7, '', (1, 51)))
-    listed = [('', local.root._replace(inode=None)), ('d', fr.Entry('d', 0o700, 0, 5)),
+    listed = [('', local.get('')._replace(inode=None)), ('d', fr.Entry('d', 0o700, 0, 5)),
               ('d/f', local.get('d/f')._replace(inode=None, mtime_ns=10**18)),      # whole seconds: the same
               ('l', fr.Entry('l', 0o777, 0, 10**18 + 5, 'elsewhere')),
               ('theirs', fr.Entry('d', 0o755, 0, 1)), ('theirs/f', fr.Entry('f', 0o644, 1, 1)),
@@ -641,7 +641,7 @@ def test_what_is_listed_is_believed_where_it_is_ours():
               ('was', fr.Entry('f', 0o644, 3, 10**18)), ('changed', fr.Entry('f', 0o644, 4, 10**18 + 7))]
     remote = fr.believe(listed, local, known, lambda path, entry: path == 'mine')
     assert {path: remote.get(path) for path in ['', *remote.below('')]} == {
-        '': local.root, 'd': listed[1][1], 'd/f': local.get('d/f'), 'l': listed[3][1], 'mine': listed[6][1],
+        '': local.get(''), 'd': listed[1][1], 'd/f': local.get('d/f'), 'l': listed[3][1], 'mine': listed[6][1],
         'was': known.get('was'), 'changed': listed[8][1]}
     assert set(fr.believe(listed, local, None, lambda path, entry: False).below('')) == {'d', 'd/f', 'l'}
 
@@ -1314,7 +1314,7 @@ def test_a_source_that_goes_away_in_the_midst_of_a_look_is_not_a_source_emptied(
     source.root_is_there = there_but_then_gone
     source.hint('', fr.LOOK)
     source.hint('d', fr.LOOK)
-    assert source.look() == {} and source.gone and source.tree.root is not None
+    assert source.look() == {} and source.gone and source.tree.get('') is not None
     source.root_is_there = check
     os.rename(top + '.old', top)
     source.due(time.monotonic() + 2)
