@@ -513,12 +513,12 @@ main() {
 
 BULK_BYTES = 1 << 20            # the largest file that travels whole
 BULK_PATHS = 1000               # in one record, at most
-SLICE_BYTES = 4 << 20           # of the backlog in one record, at most: large ones save processes over there
+RECORD_BYTES = 4 << 20          # of the backlog in one record, at most: large ones save processes over there
 LIST_PATHS = 128                # paths in one remove, rmdir or meta record
 BLOCK = 1 << 16                 # parts of a large file begin at multiples of this
 JOBS = 8                        # large files on their way at once
 PIPE_BYTES = 1 << 20            # asked of the kernel for the pipes to the connection command
-WINDOW_BYTES = 32 << 20         # on the way and not answered, at most: less where answers take long
+WINDOW_BYTES = 32 << 20         # on the way and not answered, at most
 CROWD = 32                      # records on their way, at which changes are gathered
 READY_SECONDS = 40              # for the far side to answer at all
 BEAT_SECONDS, SILENT_SECONDS = 12, 25   # idle before a heartbeat, waiting before a connection is given up
@@ -1649,7 +1649,9 @@ class Connection:
         self.out: Deque[Any] = collections.deque()      # memoryviews and FileSlices
         self.flight: Deque[Sent] = collections.deque()
         self.number = self.bytes_in_flight = 0
-        self.window = WINDOW_BYTES
+        # What may be on the way, and how much of the backlog goes in one record: see adapt.
+        self.window, self.record_bytes = WINDOW_BYTES // 8, 2 * BLOCK
+        self.answered = 0.0             # when the last answer came
         self.phase = 'starting'         # then listing, then live
         self.heard = bytearray()        # what was not yet understood
         self.said: List[str] = []       # lines of the far side's that are no answers
@@ -1701,9 +1703,18 @@ class Connection:
         that a fresh edit need not wait long."""
         return self.bytes_in_flight < self.window and sum(map(len, self.out)) < self.window // 8
 
-    def slice_bytes(self) -> int:
-        """How much of the backlog goes in one record."""
-        return min(SLICE_BYTES, self.window // 4) // BLOCK * BLOCK
+    def adapt(self, waited: float, took: float) -> None:
+        """What a large record teaches of the link, from how long it was on the way, and how long after the
+        answer before: half a second is the most a fresh edit should wait behind, and however slow the link,
+        answers must come often enough that it is not taken for dead."""
+        if waited > 0.5:
+            self.window = max(BLOCK * 4, self.window * 3 // 4)
+        elif waited < 0.2:
+            self.window = min(WINDOW_BYTES, self.window * 3 // 2)
+        if took > 0.4:
+            self.record_bytes = max(BLOCK, self.record_bytes // 2)
+        elif took < 0.1:
+            self.record_bytes = min(RECORD_BYTES, self.record_bytes * 2)
 
     def is_crowded(self) -> bool:
         """Whether so many records wait for answers that changes had better gather here: what changes all the
@@ -1829,12 +1840,10 @@ class Connection:
         elif self.flight and number == str(self.flight[0].number):
             sent = self.flight.popleft()
             self.bytes_in_flight -= sent.size
-            if sent.size > BLOCK:       # half a second on the way is the most a fresh edit should wait behind
-                took = time.monotonic() - sent.when
-                if took > 0.5:
-                    self.window = max(BLOCK * 4, self.window * 3 // 4)
-                elif took < 0.2:
-                    self.window = min(WINDOW_BYTES, self.window * 5 // 4)
+            now = time.monotonic()
+            if sent.size >= BLOCK:
+                self.adapt(now - sent.when, now - max(sent.when, self.answered))
+            self.answered = now
             said, self.said, values, self.values = self.said, [], self.values, []
             self.report.debug('answer', number, code, *said)
             sent.done(int(code), '; '.join(said), values)
@@ -2411,7 +2420,7 @@ class Replica:
                 if state is None and self.jobs.get(path) is job:
                     del self.jobs[path]
                 busy = busy or state is not False
-        size, some, most = 0, {}, self.far.slice_bytes() if self.far.has_room() else 0
+        size, some, most = 0, {}, self.far.record_bytes if self.far.has_room() else 0
         while self.waiting and len(some) < BULK_PATHS and size < most:
             path, why = self.waiting.popitem(last=False)
             some[path] = why
@@ -2501,7 +2510,7 @@ class Replica:
     def send_entries(self, steps: Iterable[Step]) -> None:
         """New directories, files and links: together, or where they failed before, or cannot, one by one."""
         batch: List[Tuple[Step, bytes]] = []
-        size, most = 0, self.far.slice_bytes() * 2
+        size, most = 0, self.far.record_bytes * 2
         for count, step in enumerate(steps):
             if count % 64 == 0:
                 self.far.write()        # the far side need not be idle meanwhile
@@ -2671,7 +2680,7 @@ class Replica:
         for at in self.patch(job, fd, part, faults):
             yield at > 0
         while at < entry.size and not job.failed:
-            length = min(entry.size - at, self.far.window // 2 // BLOCK * BLOCK)
+            length = min(entry.size - at, self.far.record_bytes * 4)
             part('-' if at else '+', at, length)
             at += length
             self.report.moved(length)

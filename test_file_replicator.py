@@ -3018,6 +3018,42 @@ def test_a_connection_that_passes_bytes_one_by_one_is_slow_and_right(tmp_path, s
     assert not difference(source, far + '/src')
 
 
+FAULT_SLOW_LINK = """
+import os, queue, subprocess, threading, time
+given = queue.Queue()
+
+def take():
+    data = True
+    while data:
+        data = os.read(0, 65536)
+        given.put(data)
+
+threading.Thread(target=take, daemon=True).start()
+far = subprocess.Popen(['bash'], stdin=subprocess.PIPE, bufsize=0)
+for data in iter(given.get, b''):
+    far.stdin.write(data)
+    time.sleep(len(data) / 2e6)
+far.stdin.close()
+far.wait()
+"""
+
+
+@pytest.mark.parametrize('files, size', [(300, 20000), (1, 6000000)])
+def test_a_slow_link_that_takes_all_at_once_is_not_taken_for_a_dead_one(tmp_path, files, size):
+    """As with a network's deep buffers: nothing moves here while megabytes creep on."""
+    source, far, program = str(tmp_path / 'src'), str(tmp_path / 'far'), str(tmp_path / 'impatient.py')
+    for number in range(files):
+        write('%s/%d' % (source, number), os.urandom(size), mtime_ns=10**18)
+    with open(SCRIPT) as file:
+        text = file.read()
+    assert 'SILENT_SECONDS = 12, 25 ' in text
+    write(program, text.replace('SILENT_SECONDS = 12, 25 ', 'SILENT_SECONDS = 12, 2 '))
+    done = subprocess.run([sys.executable, program, '--quiet', '--no-replicate-on-change', source, far,
+                           sys.executable, '-c', FAULT_SLOW_LINK], stderr=subprocess.PIPE, timeout=40)
+    assert done.stderr == b'' and done.returncode == 0
+    assert not difference(source, far + '/src')
+
+
 FAULT_NOISE = {
     'lines': 'echo Welcome; echo to the machine',
     'no newline at the end': 'printf "Welcome > "',
