@@ -1762,13 +1762,15 @@ class Connection:
 
     def check_silence(self) -> float:
         """Seconds until the next check. Sends a heartbeat when nothing moved for a while. Raises Lost when
-        something should have moved and did not. A remote hook may take as long as it likes."""
+        something should have moved and did not. A remote hook, and the sums of all files, may take as long as
+        they like."""
         now = time.monotonic()
         if self.phase == 'starting':
             left = self.started + READY_SECONDS - now
             if left <= 0:
                 raise Lost('no shell answered within %d seconds%s' % (READY_SECONDS, self.what_was_said()))
-        elif self.flight and self.flight[0].verb == 'hook':
+        elif (self.flight and self.flight[0].verb == 'hook'
+              or self.phase == 'listing' and self.report.options.checksum):
             left = 3600.0
         elif self.flight or self.out or self.phase == 'listing':
             left = self.moved + SILENT_SECONDS - now

@@ -3038,19 +3038,34 @@ far.wait()
 """
 
 
-@pytest.mark.parametrize('files, size', [(300, 20000), (1, 6000000)])
-def test_a_slow_link_that_takes_all_at_once_is_not_taken_for_a_dead_one(tmp_path, files, size):
-    """As with a network's deep buffers: nothing moves here while megabytes creep on."""
-    source, far, program = str(tmp_path / 'src'), str(tmp_path / 'far'), str(tmp_path / 'impatient.py')
-    for number in range(files):
-        write('%s/%d' % (source, number), os.urandom(size), mtime_ns=10**18)
+def fault_impatient(tmp, *words):
+    """Replicates once, with a copy of the program that takes two seconds of silence for the end."""
     with open(SCRIPT) as file:
         text = file.read()
     assert 'SILENT_SECONDS = 12, 25 ' in text
+    program = os.path.join(str(tmp), 'impatient.py')
     write(program, text.replace('SILENT_SECONDS = 12, 25 ', 'SILENT_SECONDS = 12, 2 '))
-    done = subprocess.run([sys.executable, program, '--quiet', '--no-replicate-on-change', source, far,
-                           sys.executable, '-c', FAULT_SLOW_LINK], stderr=subprocess.PIPE, timeout=40)
-    assert done.stderr == b'' and done.returncode == 0
+    done = subprocess.run([sys.executable, program, '--quiet', '--no-replicate-on-change', *words],
+                          stderr=subprocess.PIPE, timeout=40)
+    assert done.stderr == b'' and done.returncode == 0, done
+
+
+@pytest.mark.parametrize('files, size', [(300, 20000), (1, 6000000)])
+def test_a_slow_link_that_takes_all_at_once_is_not_taken_for_a_dead_one(tmp_path, files, size):
+    """As with a network's deep buffers: nothing moves here while megabytes creep on."""
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    for number in range(files):
+        write('%s/%d' % (source, number), os.urandom(size), mtime_ns=10**18)
+    fault_impatient(tmp_path, source, far, sys.executable, '-c', FAULT_SLOW_LINK)
+    assert not difference(source, far + '/src')
+
+
+def test_the_sums_of_all_files_may_take_longer_than_anything_else_may(tmp_path):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/a', 'new')
+    write(far + '/src/a', 'old')
+    fault_command(tmp_path / 'shims-dash', 'sha256sum', '#!/bin/sh\n[ $# = 0 ] || sleep 3\nexec %s "$@"\n' % need('sha256sum'))
+    fault_impatient(tmp_path, '--checksum', source, far, *shell_command(tmp_path, 'dash'))
     assert not difference(source, far + '/src')
 
 
