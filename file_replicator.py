@@ -1717,9 +1717,9 @@ class Connection:
             self.record_bytes = min(RECORD_BYTES, self.record_bytes * 2)
 
     def is_crowded(self) -> bool:
-        """Whether so many records wait for answers that changes had better gather here: what changes all the
-        time is then sent as often as the far side can follow, and nothing waits long behind it."""
-        return len(self.flight) > CROWD
+        """Whether so much waits for answers that changes had better gather here: what changes all the time is
+        then sent as often as the far side can follow, and nothing waits long behind it."""
+        return len(self.flight) > CROWD or self.bytes_in_flight > self.window * 2
 
     def write(self) -> None:
         """Writes what the pipe takes at once."""

@@ -3060,6 +3060,17 @@ def test_a_slow_link_that_takes_all_at_once_is_not_taken_for_a_dead_one(tmp_path
     assert not difference(source, far + '/src')
 
 
+def test_over_a_slow_link_a_file_that_is_saved_again_and_again_does_not_queue(tmp_path):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/a')
+    with Running(tmp_path, source, far, sys.executable, '-c', FAULT_SLOW_LINK) as running:
+        end = time.monotonic() + 4
+        while time.monotonic() < end:
+            write(source + '/a', os.urandom(1000000))
+            time.sleep(0.05)
+        until_equal(source, far + '/src', 5, running=running)
+
+
 def test_the_sums_of_all_files_may_take_longer_than_anything_else_may(tmp_path):
     source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
     write(source + '/a', 'new')
