@@ -3096,12 +3096,12 @@ while True:
 
 
 @pytest.mark.parametrize('words, says', [
-    (['cat'], 'no shell'), (['true'], 'ended with status 0'), (['false'], 'ended with status 1'),
+    (['cat'], 'no shell: it gives back'), (['true'], 'ended with status 0'), (['false'], 'ended with status 1'),
     (['no-such-command-anywhere'], 'cannot run no-such-command-anywhere: No such file'), (['/etc/passwd'], 'ermission denied'),
     (['/'], 'cannot run /'), (['sh', '-c', 'echo "no such host" >&2; exit 255'], 'no such host.*ssh could not'),
     (['sh', '-c', 'exit 127'], 'not found'), (['sh', '-c', 'kill -9 $$'], 'signal 9'), (['head', '-c', '100'], 'ended with status 0'),
     ([sys.executable, '-c', 'import sys; sys.stdin.read(9)'], 'ended with status 0'),
-    (['tee', '/dev/null'], 'no shell'), ([sys.executable, '-c', 'import pty; pty.spawn("sh")'], 'goes through a terminal'),
+    (['tee', '/dev/null'], 'no shell: it gives back'), ([sys.executable, '-c', 'import pty; pty.spawn("sh")'], 'goes through a terminal'),
     pytest.param([sys.executable, '-c', FAULT_NO_ECHO], 'goes through a terminal', id='a terminal without echo'),
     (['sh', '-c', 'echo; echo one; echo; echo two; echo >&2; exit 3'], 'status 3: one; two;')], ids=str)
 def test_a_command_that_is_no_shell_ends_the_program_with_what_it_said(tmp_path, words, says):
