@@ -3008,6 +3008,18 @@ def test_silence_is_noticed_within_45_seconds_with_data_on_the_way_and_without(t
         fault_nothing_left(str(tmp_path / name / 'far'))
 
 
+def test_a_far_side_that_falls_silent_in_its_listing_is_given_up_for_one_that_does_not(tmp_path, monkeypatch, capfd):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/file', 'data')
+    os.mkdir(far)
+    monkeypatch.setattr(fr, 'SILENT_SECONDS', 1)
+    words = ['--wait', '--no-replicate-on-change', source, far, 'sh', '-c', fault_nonsense(tmp_path, "nonce + b' d 755'")]
+    began = time.monotonic()
+    assert fr.replicate(fr.parse(words)) == 0
+    assert time.monotonic() - began < 8 and not difference(source, far + '/src')
+    assert 'waiting for the far side: nothing moved for 1 seconds' in capfd.readouterr().err
+
+
 @fault_in_each_shell
 def test_a_connection_that_passes_bytes_one_by_one_is_slow_and_right(tmp_path, shell):
     source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
