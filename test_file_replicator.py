@@ -1906,7 +1906,10 @@ def test_what_is_removed_over_there(option, tree):
 
 def test_a_directory_that_holds_something_of_theirs_stays_and_that_is_said_once(tree):
     replica = tree / 'dst' / 'src'
-    with Running(tree, tree / 'src', tree / 'dst', 'bash') as run:
+    words = shell_command(tree, 'dash')     # where the tools speak German, if they may
+    fault_command(tree / 'shims-dash', 'rmdir', '#!/bin/sh\n[ "$LC_ALL" = C ] || { echo "rmdir: Verzeichnis nicht leer"; exit 1; }\n'
+                  'exec %s "$@"\n' % need('rmdir'))
+    with Running(tree, tree / 'src', tree / 'dst', *words, env={'LC_ALL': 'de_DE.UTF-8'}) as run:
         write(str(replica / 'sub' / 'theirs'), 'theirs')
         shutil.rmtree(str(tree / 'src' / 'sub'))
         run.says('stays over there')
