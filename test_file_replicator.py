@@ -2404,8 +2404,9 @@ def test_a_file_that_is_a_mount_point_is_written_in_place(fault_open, shell):
     write(tmp + '/outer', 'as it was mounted')
     write(source + '/config', 'first')
     write(replica + '/config', '')
+    strict = {'SHELLOPTS': 'errexit:noclobber'}         # bash heeds it: what fails ends it, and what is there is not written
     with fault_mount(replica + '/config', '--bind', tmp + '/outer'):
-        with Running(tmp, source, tmp + '/far', *shell_command(tmp, shell)) as running:
+        with Running(tmp, source, tmp + '/far', *shell_command(tmp, shell), env=strict) as running:
             until_equal(source, replica, running=running)
             for data in (b'second, longer than the first', b'3', FAULT_BIG, b'small again'):
                 write(source + '/config', data)
@@ -2414,6 +2415,7 @@ def test_a_file_that_is_a_mount_point_is_written_in_place(fault_open, shell):
             assert open(tmp + '/outer').read() == 'small again'
             os.remove(source + '/config')
             until(lambda: re.search('file_replicator: config: .*[Bb]usy', running.err()), 20, running.log)
+            assert 'lost' not in running.err()
 
 
 @fault_in_each_shell
