@@ -3129,6 +3129,20 @@ def test_a_command_that_is_no_shell_ends_the_program_with_what_it_said(tmp_path,
     assert done.stderr.count('\n') <= 2 and not done.stdout
 
 
+def test_tools_that_are_not_in_its_path_are_found_where_they_often_are(tmp_path):
+    need_root()
+    source, root = str(tmp_path / 'src'), dash_root(str(tmp_path / 'root'))
+    fault_all_records(source, root + '/srv/src')
+    os.makedirs(root + '/usr/local')
+    for name in ('bin', 'tools'):
+        os.rename(os.path.join(root, name), root + '/usr/local/' + name)
+    os.mkdir(root + '/bin')
+    for name in ('sh', 'dash'):
+        os.rename(root + '/usr/local/bin/' + name, root + '/bin/' + name)
+    once('--mirror', '--no-replicate-on-change', source, '/srv', 'env', 'PATH=/nonexistent', need('chroot'), root, '/bin/sh')
+    assert not difference(source, root + '/srv/src', whole_seconds=True)
+
+
 FAULT_STARTS = {
     'SHELLOPTS': 'exec env SHELLOPTS=errexit:nounset:noglob:noclobber {shell}',
     '-e': 'exec {shell} -e', '-u': 'exec {shell} -u', '-C': 'exec {shell} -C', '-euC': 'exec {shell} -euC', '-f': 'exec {shell} -f',
