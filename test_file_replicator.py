@@ -3152,7 +3152,7 @@ FAULT_STARTS = {
     'ENV': 'ENV={prints} BASH_ENV={prints}; export ENV BASH_ENV; exec {shell}',
     'interactive': 'ENV={prints}; export ENV; exec {shell} -i 2>/dev/null',
     'umask 077': 'umask 077; exec {shell}', 'umask 777': 'umask 777; exec {shell}', 'umask 0': 'umask 0; exec {shell}',
-    'CDPATH': 'CDPATH=/:/tmp; cd /tmp; export CDPATH; exec {shell}',
+    'CDPATH': 'mkdir -p {prints}.d/x; CDPATH={prints}.d:/:/tmp; cd /tmp; export CDPATH; exec {shell}',
     'tool options': 'TAR_OPTIONS=--verbose POSIXLY_CORRECT=1 LS_COLORS=x BLOCKSIZE=1 TMPDIR=/nonexistent; '
                     'export TAR_OPTIONS POSIXLY_CORRECT BLOCKSIZE TMPDIR; exec {shell}',
     'names of ours': 'nonce=x root=/ stage=/tmp temp=/etc/passwd staged=1 hook=false R=x p=/ line=/; '
@@ -3178,7 +3178,7 @@ def test_a_shell_started_in_a_strange_way_is_right_all_the_same(tmp_path, shell)
         write(source + '/more', 'one more', 0o640)
         shutil.rmtree(source + '/many')
         once('--mirror', '--no-replicate-on-change', source, far, *connect, '-c', text)
-        assert not difference(source, far + '/src')
+        assert not difference(source, far + '/src') and not glob.glob(prints + '.d/x/*')
     fault_together([(name,) for name in FAULT_STARTS], start)
 
 
