@@ -3599,7 +3599,7 @@ def test_a_signal_ends_all_at_once_and_leaves_nothing(tmp_path, number, when):
     if when == 'while it starts':
         connect = ['sh', '-c', 'sleep 1000']
     if when == 'in a remote hook':
-        options = ['--remote-hook', 'touch ../hooked; sleep 1000']
+        options = ['--remote-hook', 'touch ../hooked; sleep 1000; true %s/src' % far]
     if when == 'in a bulk':
         for i in range(4000):
             write('%s/%d/%d' % (source, i % 40, i), '%d' % i * 50)
