@@ -3645,6 +3645,23 @@ def test_a_signal_ends_all_at_once_and_leaves_nothing(tmp_path, number, when):
         assert not difference(source, far + '/src')
 
 
+def test_what_a_connection_command_left_running_is_ended_and_not_waited_for(tmp_path):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/file', 'data')
+    os.mkdir(far)
+    words = command('--no-replicate-on-change', source, far, 'sh', '-c', 'trap "" TERM; (sleep 1000; : %s) & exec bash' % far)
+
+    def seconds_to_end():
+        with subprocess.Popen(words, stdout=subprocess.PIPE, start_new_session=True) as process:
+            until(lambda: process.stdout.readline() in (b'in step\n', b''))
+            began = time.monotonic()
+            assert process.wait(20) == 0
+            took = time.monotonic() - began
+        fault_nothing_left(far)
+        return took
+    assert min(seconds_to_end() for _ in range(3)) < 0.5
+
+
 def fault_children(running):
     with contextlib.suppress(OSError):
         return running.connections()
