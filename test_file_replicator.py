@@ -2255,6 +2255,24 @@ def test_what_failed_among_many_files_turns_up_nowhere_else_and_never_in_part(tm
     assert files[0] == files[1]
 
 
+def test_what_cannot_be_removed_keeps_nothing_else_and_is_named_and_tried_ever_more_seldom(tmp_path):
+    source, far, tried = (str(tmp_path / name) for name in ('src', 'far', 'tried'))
+    connect = shell_command(tmp_path, 'dash')
+    fault_command(tmp_path / 'shims-dash', 'rm', '#!/bin/sh\ncase "$*" in *./bad*) date +%%s.%%N >>%s; echo refused; exit 1 ;; esac\n'
+                  'exec %s "$@"\n' % (tried, need('rm')))
+    for name in ('bad', 'good'):
+        write(os.path.join(source, name), name)
+    os.mkdir(far)
+    with Running(tmp_path, source, far, *connect) as running:
+        running.process.send_signal(signal.SIGSTOP)     # so that both go in one record
+        for name in ('bad', 'good'):
+            os.remove(os.path.join(source, name))
+        running.process.send_signal(signal.SIGCONT)
+        until(lambda: not os.path.exists(far + '/src/good') and 'bad: refused' in running.err(), 5, running.log)
+        times = until(lambda: len(open(tried).readlines()) > 3 and list(map(float, open(tried))), 15, running.log)
+        assert times[3] - times[2] > (times[2] - times[1]) * 1.5, times      # the first was with the other, the next at once
+
+
 @pytest.mark.parametrize('shell', ['bash', 'dash'])
 @pytest.mark.parametrize('tool, fails, status', [('tee', 'exec cat', 0), ('dd', 'case $* in *notrunc*) cat >/dev/null; exit 1 ;; esac', 1)])
 def test_a_patch_that_could_not_be_written_there_is_never_put_in_place(tmp_path, shell, tool, fails, status):
