@@ -1906,7 +1906,10 @@ def test_what_is_removed_over_there(option, tree):
 
 def test_a_directory_that_holds_something_of_theirs_stays_and_that_is_said_once(tree):
     replica = tree / 'dst' / 'src'
-    with Running(tree, tree / 'src', tree / 'dst', 'bash') as run:
+    words = shell_command(tree, 'dash')     # where the tools speak German, if they may
+    fault_command(tree / 'shims-dash', 'rmdir', '#!/bin/sh\n[ "$LC_ALL" = C ] || { echo "rmdir: Verzeichnis nicht leer"; exit 1; }\n'
+                  'exec %s "$@"\n' % need('rmdir'))
+    with Running(tree, tree / 'src', tree / 'dst', *words, env={'LC_ALL': 'de_DE.UTF-8'}) as run:
         write(str(replica / 'sub' / 'theirs'), 'theirs')
         shutil.rmtree(str(tree / 'src' / 'sub'))
         run.says('stays over there')
@@ -2253,6 +2256,24 @@ def test_what_failed_among_many_files_turns_up_nowhere_else_and_never_in_part(tm
     assert files[0] == files[1]
 
 
+def test_what_cannot_be_removed_keeps_nothing_else_and_is_named_and_tried_ever_more_seldom(tmp_path):
+    source, far, tried = (str(tmp_path / name) for name in ('src', 'far', 'tried'))
+    connect = shell_command(tmp_path, 'dash')
+    fault_command(tmp_path / 'shims-dash', 'rm', '#!/bin/sh\ncase "$*" in *./bad*) date +%%s.%%N >>%s; echo refused; exit 1 ;; esac\n'
+                  'exec %s "$@"\n' % (tried, need('rm')))
+    for name in ('bad', 'good'):
+        write(os.path.join(source, name), name)
+    os.mkdir(far)
+    with Running(tmp_path, source, far, *connect) as running:
+        running.process.send_signal(signal.SIGSTOP)     # so that both go in one record
+        for name in ('bad', 'good'):
+            os.remove(os.path.join(source, name))
+        running.process.send_signal(signal.SIGCONT)
+        until(lambda: not os.path.exists(far + '/src/good') and 'bad: refused' in running.err(), 5, running.log)
+        times = until(lambda: len(open(tried).readlines()) > 3 and list(map(float, open(tried))), 15, running.log)
+        assert times[3] - times[2] > (times[2] - times[1]) * 1.5, times      # the first was with the other, the next at once
+
+
 @pytest.mark.parametrize('shell', ['bash', 'dash'])
 @pytest.mark.parametrize('tool, fails, status', [('tee', 'exec cat', 0), ('dd', 'case $* in *notrunc*) cat >/dev/null; exit 1 ;; esac', 1)])
 def test_a_patch_that_could_not_be_written_there_is_never_put_in_place(tmp_path, shell, tool, fails, status):
@@ -2402,8 +2423,9 @@ def test_a_file_that_is_a_mount_point_is_written_in_place(fault_open, shell):
     write(tmp + '/outer', 'as it was mounted')
     write(source + '/config', 'first')
     write(replica + '/config', '')
+    strict = {'SHELLOPTS': 'errexit:noclobber'}         # bash heeds it: what fails ends it, and what is there is not written
     with fault_mount(replica + '/config', '--bind', tmp + '/outer'):
-        with Running(tmp, source, tmp + '/far', *shell_command(tmp, shell)) as running:
+        with Running(tmp, source, tmp + '/far', *shell_command(tmp, shell), env=strict) as running:
             until_equal(source, replica, running=running)
             for data in (b'second, longer than the first', b'3', FAULT_BIG, b'small again'):
                 write(source + '/config', data)
@@ -2412,6 +2434,7 @@ def test_a_file_that_is_a_mount_point_is_written_in_place(fault_open, shell):
             assert open(tmp + '/outer').read() == 'small again'
             os.remove(source + '/config')
             until(lambda: re.search('file_replicator: config: .*[Bb]usy', running.err()), 20, running.log)
+            assert 'lost' not in running.err()
 
 
 @fault_in_each_shell
@@ -2489,6 +2512,9 @@ def test_a_far_side_that_refuses_a_tool_says_so_and_the_bytes_arrive(tmp_path, s
             if path != '.' and kind != stat.S_IFLNK:
                 until(lambda: tree_of(replica)[path][3] == data and not tree_of(replica)[path][1] & ~mode, 20,
                       lambda: '%s: %s' % (path, running.log()))
+        if tool != 'ln':            # its bytes are not sent for that again
+            until(lambda: 'file_replicator: alone: its mode or time could not be set: ' in running.err(), 20, running.log)
+            assert running.out().count('sent alone (') == 1, running.log()
         if tool == 'ln':            # not removed: a shell remembers where it found it
             fault_command(tmp_path / ('shims-' + shell), tool, '#!/bin/sh\nexec %s "$@"\n' % need('ln'))
             until_equal(source, replica, FAULT_ROOM_SECONDS, running=running)
@@ -3009,6 +3035,18 @@ def test_silence_is_noticed_within_45_seconds_with_data_on_the_way_and_without(t
         fault_nothing_left(str(tmp_path / name / 'far'))
 
 
+def test_a_far_side_that_falls_silent_in_its_listing_is_given_up_for_one_that_does_not(tmp_path, monkeypatch, capfd):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/file', 'data')
+    os.mkdir(far)
+    monkeypatch.setattr(fr, 'SILENT_SECONDS', 1)
+    words = ['--wait', '--no-replicate-on-change', source, far, 'sh', '-c', fault_nonsense(tmp_path, "nonce + b' d 755'")]
+    began = time.monotonic()
+    assert fr.replicate(fr.parse(words)) == 0
+    assert time.monotonic() - began < 8 and not difference(source, far + '/src')
+    assert 'waiting for the far side: nothing moved for 1 seconds' in capfd.readouterr().err
+
+
 @fault_in_each_shell
 def test_a_connection_that_passes_bytes_one_by_one_is_slow_and_right(tmp_path, shell):
     source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
@@ -3159,12 +3197,12 @@ while True:
 
 
 @pytest.mark.parametrize('words, says', [
-    (['cat'], 'no shell'), (['true'], 'ended with status 0'), (['false'], 'ended with status 1'),
+    (['cat'], 'no shell: it gives back'), (['true'], 'ended with status 0'), (['false'], 'ended with status 1'),
     (['no-such-command-anywhere'], 'cannot run no-such-command-anywhere: No such file'), (['/etc/passwd'], 'ermission denied'),
     (['/'], 'cannot run /'), (['sh', '-c', 'echo "no such host" >&2; exit 255'], 'no such host.*ssh could not'),
     (['sh', '-c', 'exit 127'], 'not found'), (['sh', '-c', 'kill -9 $$'], 'signal 9'), (['head', '-c', '100'], 'ended with status 0'),
     ([sys.executable, '-c', 'import sys; sys.stdin.read(9)'], 'ended with status 0'),
-    (['tee', '/dev/null'], 'no shell'), ([sys.executable, '-c', 'import pty; pty.spawn("sh")'], 'goes through a terminal'),
+    (['tee', '/dev/null'], 'no shell: it gives back'), ([sys.executable, '-c', 'import pty; pty.spawn("sh")'], 'goes through a terminal'),
     pytest.param([sys.executable, '-c', FAULT_NO_ECHO], 'goes through a terminal', id='a terminal without echo'),
     (['sh', '-c', 'echo; echo one; echo; echo two; echo >&2; exit 3'], 'status 3: one; two;')], ids=str)
 def test_a_command_that_is_no_shell_ends_the_program_with_what_it_said(tmp_path, words, says):
@@ -3173,6 +3211,20 @@ def test_a_command_that_is_no_shell_ends_the_program_with_what_it_said(tmp_path,
     done = once(source, str(tmp_path / 'far'), *words, expect=1, timeout=FAULT_SILENT_SECONDS)
     assert re.search(says, done.stderr) and str(tmp_path / 'far') in done.stderr, done.stderr
     assert done.stderr.count('\n') <= 2 and not done.stdout
+
+
+def test_tools_that_are_not_in_its_path_are_found_where_they_often_are(tmp_path):
+    need_root()
+    source, root = str(tmp_path / 'src'), dash_root(str(tmp_path / 'root'))
+    fault_all_records(source, root + '/srv/src')
+    os.makedirs(root + '/usr/local')
+    for name in ('bin', 'tools'):
+        os.rename(os.path.join(root, name), root + '/usr/local/' + name)
+    os.mkdir(root + '/bin')
+    for name in ('sh', 'dash'):
+        os.rename(root + '/usr/local/bin/' + name, root + '/bin/' + name)
+    once('--mirror', '--no-replicate-on-change', source, '/srv', 'env', 'PATH=/nonexistent', need('chroot'), root, '/bin/sh')
+    assert not difference(source, root + '/srv/src', whole_seconds=True)
 
 
 FAULT_STARTS = {
@@ -3184,7 +3236,7 @@ FAULT_STARTS = {
     'ENV': 'ENV={prints} BASH_ENV={prints}; export ENV BASH_ENV; exec {shell}',
     'interactive': 'ENV={prints}; export ENV; exec {shell} -i 2>/dev/null',
     'umask 077': 'umask 077; exec {shell}', 'umask 777': 'umask 777; exec {shell}', 'umask 0': 'umask 0; exec {shell}',
-    'CDPATH': 'CDPATH=/:/tmp; cd /tmp; export CDPATH; exec {shell}',
+    'CDPATH': 'mkdir -p {prints}.d/x; CDPATH={prints}.d:/:/tmp; cd /tmp; export CDPATH; exec {shell}',
     'tool options': 'TAR_OPTIONS=--verbose POSIXLY_CORRECT=1 LS_COLORS=x BLOCKSIZE=1 TMPDIR=/nonexistent; '
                     'export TAR_OPTIONS POSIXLY_CORRECT BLOCKSIZE TMPDIR; exec {shell}',
     'names of ours': 'nonce=x root=/ stage=/tmp temp=/etc/passwd staged=1 hook=false R=x p=/ line=/; '
@@ -3210,7 +3262,7 @@ def test_a_shell_started_in_a_strange_way_is_right_all_the_same(tmp_path, shell)
         write(source + '/more', 'one more', 0o640)
         shutil.rmtree(source + '/many')
         once('--mirror', '--no-replicate-on-change', source, far, *connect, '-c', text)
-        assert not difference(source, far + '/src')
+        assert not difference(source, far + '/src') and not glob.glob(prints + '.d/x/*')
     fault_together([(name,) for name in FAULT_STARTS], start)
 
 
@@ -3631,7 +3683,7 @@ def test_a_signal_ends_all_at_once_and_leaves_nothing(tmp_path, number, when):
     if when == 'while it starts':
         connect = ['sh', '-c', 'sleep 1000']
     if when == 'in a remote hook':
-        options = ['--remote-hook', 'touch ../hooked; sleep 1000']
+        options = ['--remote-hook', 'touch ../hooked; sleep 1000; true %s/src' % far]
     if when == 'in a bulk':
         for i in range(4000):
             write('%s/%d/%d' % (source, i % 40, i), '%d' % i * 50)
@@ -3675,6 +3727,23 @@ def test_a_signal_ends_all_at_once_and_leaves_nothing(tmp_path, number, when):
     if 'large' in when and number == signal.SIGKILL:
         once('--no-replicate-on-change', source, far, 'dash')
         assert not difference(source, far + '/src')
+
+
+def test_what_a_connection_command_left_running_is_ended_and_not_waited_for(tmp_path):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/file', 'data')
+    os.mkdir(far)
+    words = command('--no-replicate-on-change', source, far, 'sh', '-c', 'trap "" TERM; (sleep 1000; : %s) & exec bash' % far)
+
+    def seconds_to_end():
+        with subprocess.Popen(words, stdout=subprocess.PIPE, start_new_session=True) as process:
+            until(lambda: process.stdout.readline() in (b'in step\n', b''))
+            began = time.monotonic()
+            assert process.wait(20) == 0
+            took = time.monotonic() - began
+        fault_nothing_left(far)
+        return took
+    assert min(seconds_to_end() for _ in range(3)) < 0.5
 
 
 def fault_children(running):
