@@ -449,7 +449,13 @@ main() {
   LC_ALL=C
   export LC_ALL
   unset CDPATH TAR_OPTIONS
-  PATH=${PATH:-/bin}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+  # Of what was there only whole paths stay: no file of the replica may be taken for a tool.
+  rest=$PATH: whole=''
+  while [ -n "$rest" ]; do
+    case $rest in /*) whole=$whole${rest%%:*}: ;; esac
+    rest=${rest#*:}
+  done
+  PATH=$whole/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
   # A busybox that needs no process for its tools is four times as fast as any other shell, dash a little
   # faster.
   if [ "$1" != - ]; then
@@ -1633,7 +1639,7 @@ WHAT_IT_MAY_MEAN = {
 # what dd and tar say though all is well
 CHATTER = re.compile(
     r'\d+\+\d+ records |\d+ bytes .*copied|.*: (time stamp|implausibly old) |.*tar: b/[^:]*$')
-START = 'exec sh -c "$R" "$R"\n'
+START = 'exec sh -c "$R" "$R"'
 
 
 class Connection:
@@ -1677,8 +1683,8 @@ class Connection:
         # One command, complete before anything else is sent: dash and busybox sh read ahead on what they take
         # commands from, and would swallow the first records. sh -c also leaves behind the options and aliases
         # of the outer shell.
-        line = 'R=%s; PATH="${PATH-}:/usr/bin:/bin"; export PATH; ' % shlex.quote(program(self.nonce)) + START
-        self.out.append(memoryview(os.fsencode(line)))
+        line = 'R=%s; PATH="${PATH:+$PATH:}/usr/bin:/bin"; export PATH; %s\n'
+        self.out.append(memoryview(os.fsencode(line % (shlex.quote(program(self.nonce)), START))))
 
     def send(self, verb: str, words: Sequence[str] = (), paths: Sequence[bytes] = (),
              payload: Sequence[Any] = (),
@@ -1797,10 +1803,12 @@ class Connection:
         self.heard += data
         while self.phase != 'live':
             found = self.milestone.search(self.heard, since)
-            echoed = found is None and self.phase == 'starting' and START.encode() in self.heard
-            if echoed and b'\r\n' not in self.heard:
+            back = b''                  # what is behind our line, where that came back
+            if found is None and self.phase == 'starting':
+                back = bytes(self.heard.partition(START.encode())[2][:2])
+            if back[:1] == b'\n':
                 raise Lost('what answers is no shell: it gives back what it is sent')
-            if echoed or found and found[2]:
+            if back == b'\r\n' or found and found[2]:
                 raise Lost('the connection goes through a terminal, which changes bytes; leave out -t')
             if not found:
                 return
@@ -2097,7 +2105,8 @@ class Report:
         """Says that all is confirmed, but for so many paths that were not to be sent at the start."""
         self.count_nothing()
         if not self.problems:
-            self.line('in step, but for %d paths that differed at the start' % excused if excused else 'in step')
+            self.line('in step' if not excused else
+                      'in step, but for %d paths that differed at the start' % excused)
         elif set(self.problems) != self.told:
             self.warn('not in step: %d paths could not be replicated' % len(self.problems))
         self.told = set(self.problems)

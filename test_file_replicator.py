@@ -3203,6 +3203,8 @@ while True:
     (['sh', '-c', 'exit 127'], 'not found'), (['sh', '-c', 'kill -9 $$'], 'signal 9'), (['head', '-c', '100'], 'ended with status 0'),
     ([sys.executable, '-c', 'import sys; sys.stdin.read(9)'], 'ended with status 0'),
     (['tee', '/dev/null'], 'no shell: it gives back'), ([sys.executable, '-c', 'import pty; pty.spawn("sh")'], 'goes through a terminal'),
+    ([sys.executable, '-c', 'import pty; pty.spawn("cat")'], 'goes through a terminal'),
+    (['sh', '-c', 'printf "Welcome\\r\\n"; exec cat'], 'no shell: it gives back'),
     pytest.param([sys.executable, '-c', FAULT_NO_ECHO], 'goes through a terminal', id='a terminal without echo'),
     (['sh', '-c', 'echo; echo one; echo; echo two; echo >&2; exit 3'], 'status 3: one; two;')], ids=str)
 def test_a_command_that_is_no_shell_ends_the_program_with_what_it_said(tmp_path, words, says):
@@ -3225,6 +3227,19 @@ def test_tools_that_are_not_in_its_path_are_found_where_they_often_are(tmp_path)
         os.rename(root + '/usr/local/bin/' + name, root + '/bin/' + name)
     once('--mirror', '--no-replicate-on-change', source, '/srv', 'env', 'PATH=/nonexistent', need('chroot'), root, '/bin/sh')
     assert not difference(source, root + '/srv/src', whole_seconds=True)
+
+
+@pytest.mark.parametrize('shell', ['bash', 'dash'])
+@pytest.mark.parametrize('path', ['PATH=.:%s', 'PATH=:%s'])
+def test_no_file_of_the_replica_is_taken_for_a_tool(tmp_path, shell, path):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    for tool in ('cat', 'chmod', 'dd', 'find', 'ln', 'mkdir', 'mv', 'rm', 'rmdir', 'sha256sum', 'stat', 'tar', 'touch', 'wc'):
+        write(source + '/' + tool, '#!/bin/sh\necho >"$0.was.run"\nexec %s "$@"\n' % need(tool), 0o755)
+    env, usual, shell = shell_command(tmp_path, shell)
+    with Running(tmp_path, source, far, env, path % usual[5:], shell) as running:
+        write(source + '/more', 'more')
+        os.unlink(source + '/ln')
+        until_equal(source, far + '/src', running=running)
 
 
 FAULT_STARTS = {
