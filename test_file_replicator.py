@@ -1945,6 +1945,13 @@ def test_each_confirmed_path_is_a_line_and_then_it_is_in_step(tree):
         assert lines[-2:] == ['in step', '']
 
 
+def test_a_path_is_shown_so_that_any_terminal_can_show_it_and_no_two_look_alike(tree):
+    for name in ('\xfc', 'a\nb', 'a\\nb', '\udcff'):
+        write(str(tree / 'src' / name))
+    out = once('--no-replicate-on-change', tree / 'src', tree / 'dst', 'bash', env={'PYTHONIOENCODING': 'ascii'}).stdout
+    assert {'\\xfc', 'a\\nb', 'a\\\\nb', '\\xff'} <= set(option_lines(out, 'sent'))
+
+
 def test_debugging_shows_events_steps_and_records(tree):
     with Running(tree, '--debugging', tree / 'src', tree / 'dst', 'bash') as run:
         write(str(tree / 'src' / 'new'), 'new')
