@@ -3734,6 +3734,24 @@ def test_names_that_our_staging_has_are_left_out_with_a_notice(tmp_path):
     assert sorted(tree_of(far + '/src')) == ['.', 'd', 'fine'] and done.stderr.count('is left out') == 4
 
 
+@fault_in_each_shell
+def test_what_a_killed_run_left_staged_over_there_goes_at_the_next_start_and_no_more(tmp_path, shell):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    victim, before = fault_victim(tmp_path)
+    write(source + '/file', 'data')
+    for at in ('', 'd/'):
+        write(source + '/' + at + 'kept', 'data')
+        write(far + '/src/' + at + '.file_replicator.0123456789ab-new', 'half a f')
+    write(far + '/src/.file_replicator.0123456789ab/b/1/f', 'half a f')
+    os.symlink(victim, far + '/src/.file_replicator.ba9876543210')
+    write(far + '/src/.file_replicator.0123456789abc', 'theirs')
+    os.mkdir(far + '/src/d/.file_replicator.0123456789ab')       # theirs: a staging stands in the root only
+    once('--no-replicate-on-change', source, far, *shell_command(tmp_path, shell))
+    assert sorted(tree_of(far + '/src')) == ['.', '.file_replicator.0123456789abc', 'd', 'd/.file_replicator.0123456789ab',
+                                             'd/kept', 'file', 'kept']
+    assert tree_of(victim) == before
+
+
 # ---- mirror and clean-out
 
 def test_a_replica_that_is_its_source_by_another_path_is_refused(fault_open):
