@@ -4902,7 +4902,19 @@ def test_a_closed_pipe_ends_it_without_noise(tmp_path, options):
     assert len(lines) == 2 and lines[0].startswith('sent ') and lines[1] == '0' and done.stderr == b'', done
 
 
-@pytest.mark.parametrize('redirection', ['>&-', '2>&-', '>&- 2>&-', '>/dev/full', '<&-'])
+@pytest.mark.parametrize('unbuffered', ['', '1'])
+def test_an_output_that_nobody_reads_from_the_start_ends_it_without_noise(tmp_path, unbuffered):
+    """Python writes what it still holds once more at its end."""
+    source, there = option_source(tmp_path, 'a')
+    ours, theirs = os.pipe()
+    os.close(ours)
+    done = subprocess.run(command(source, there.parent, 'bash'), stdin=subprocess.DEVNULL, stdout=theirs,
+                          stderr=subprocess.PIPE, timeout=30, env=dict(os.environ, PYTHONUNBUFFERED=unbuffered))
+    os.close(theirs)
+    assert (done.returncode, done.stderr) == (0, b'')
+
+
+@pytest.mark.parametrize('redirection', ['>&-', '2>&-', '>&- 2>&-', '>/dev/full', '2>/dev/full', '<&-'])
 def test_closed_and_full_outputs_are_no_traceback(tmp_path, redirection):
     source, there = option_source(tmp_path, 'a')
     os.mkfifo(str(source / 'fifo'))
