@@ -1057,6 +1057,35 @@ def test_a_time_that_is_still_to_come_is_kept_and_not_sent_again(tmp_path):
         assert difference(str(tmp_path / 's'), str(tmp_path / 'd' / 's')) == []
 
 
+def within_a_tick():
+    """A time in whole seconds, as of a coarse file system, that for two or three seconds proves nothing about a file."""
+    return (int(time.time()) + 2) * 10**9
+
+
+@pytest.mark.parametrize('how', ['at a start', 'by a poll'])
+def test_a_file_that_changed_again_within_a_tick_and_kept_its_size_and_time_is_sent_again(how, tmp_path):
+    source, far, when = str(tmp_path / 's'), str(tmp_path / 'd'), within_a_tick()
+    write(source + '/f', 'one', mtime_ns=when)
+    if how == 'at a start':
+        for data in ('one', 'two'):
+            write(source + '/f', data, mtime_ns=when)
+            once('--no-replicate-on-change', source, far, 'bash')
+            assert difference(source, far + '/s') == []
+    else:
+        with Running(tmp_path, '--poll', '0.2', source, far, 'bash') as run:
+            write(source + '/f', 'two', mtime_ns=when)
+            until_equal(source, far + '/s', 10, running=run)
+
+
+def test_what_is_watched_is_not_sent_again_at_a_new_connection_because_it_changed_just_before(tmp_path):
+    write(str(tmp_path / 's' / 'f'), 'one', mtime_ns=within_a_tick())
+    with Running(tmp_path, tmp_path / 's', tmp_path / 'd', 'bash') as run:
+        run.cut()
+        run.says('connected again')
+        run.in_step(2)
+        assert run.out().count('sent f') == 1
+
+
 @pytest.mark.parametrize(
     'kind', ['bash', 'bash, no tar', 'busybox sh', 'chroot of busybox', 'chroot of dash', 'docker'])
 def test_a_link_among_many_files_keeps_its_time(kind, request, tmp_path):
