@@ -1312,8 +1312,10 @@ def test_bytes_that_changed_just_before_a_rename_are_sent(moved, tmp_path):
 
 
 @pytest.mark.parametrize('other, size', [('ln -s ../secret f', 4), ('mkfifo f', 4), ('mkdir f', 4), ('ln -s ../secret f', 3000000),
-                                         ('mkdir f', 3000000)])
+                                         ('mkdir f', 3000000), ('mknod f c 1 5', 4)])
 def test_what_is_no_file_any_more_after_the_look_is_not_read(other, size, tmp_path):
+    if other.startswith('mknod'):
+        fault_root()
     top = str(tmp_path / 'source')
     write(str(tmp_path / 'secret'), bytes(size))
     write(top + '/f', bytes(size))
