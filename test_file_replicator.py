@@ -1331,6 +1331,21 @@ def test_what_is_no_file_any_more_after_the_look_is_not_read(other, size, tmp_pa
     source.watch.give_up('the end')
 
 
+def test_a_file_that_changed_after_the_look_is_read_as_it_is_now(tmp_path):
+    top = str(tmp_path / 'source')
+    write(top + '/f', 'one', mtime_ns=10**18)
+    source = looked_at(top)
+    replica = fr.Replica(source.report.options, source, source.report)
+    step = fr.Step('file', 'f', source.tree.get('f'))
+    write(top + '/f', 'longer', mtime_ns=2 * 10**18)
+    read, data = replica.read(step)
+    assert (data, read.entry.size, read.entry.mtime_ns) == (b'longer', 6, 2 * 10**18)
+    assert source.tree.get('f') == replica.remote.get('f') == read.entry
+    os.truncate(top + '/f', fr.BULK_BYTES + 1)          # now too large to travel whole
+    assert replica.read(step) is None and source.hints == {'f': fr.CONTENT}
+    source.watch.give_up('the end')
+
+
 def test_a_source_that_goes_away_in_the_midst_of_a_look_is_not_a_source_emptied(tmp_path):
     top = str(tmp_path / 'source')
     write(top + '/d/f')
