@@ -1348,7 +1348,7 @@ def test_a_file_that_changed_after_the_look_is_read_as_it_is_now(tmp_path):
 
 def test_a_source_that_goes_away_in_the_midst_of_a_look_is_not_a_source_emptied(tmp_path):
     top = str(tmp_path / 'source')
-    write(top + '/d/f')
+    write(top + '/d/f', mtime_ns=10**18)
     source = looked_at(top)
     check = source.root_is_there
 
@@ -1362,10 +1362,13 @@ def test_a_source_that_goes_away_in_the_midst_of_a_look_is_not_a_source_emptied(
     source.hint('', fr.LOOK)
     source.hint('d', fr.LOOK)
     assert source.look() == {} and source.gone and source.tree.root is not None
+    source.hint('d/f', fr.CONTENT)              # what is hinted at meanwhile is not forgotten
+    assert source.look() == {}
     source.root_is_there = check
     os.rename(top + '.old', top)
     source.due(time.monotonic() + 2)
-    assert {'', 'd', 'd/f'} <= set(source.look()) and source.tree.get('d/f') is not None
+    changed = source.look()
+    assert {'', 'd', 'd/f'} <= set(changed) and changed['d/f'] == fr.CONTENT and source.tree.get('d/f') is not None
     source.watch.give_up('the end')
 
 
