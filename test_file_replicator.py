@@ -3413,6 +3413,29 @@ def test_a_source_that_is_gone_is_not_a_source_that_was_emptied(tmp_path):
         until_equal(source, replica, running=running)
 
 
+def test_a_source_exchanged_for_another_with_what_is_above_it_is_looked_at_anew_at_the_next_event(tmp_path):
+    """No event tells of the exchange itself."""
+    source, far = str(tmp_path / 'above' / 'src'), str(tmp_path / 'far')
+    write(source + '/file', 'old')
+    write(source + '/other', 'old')
+    os.mkdir(far)
+    with Running(tmp_path, source, far, 'bash') as running:
+        os.rename(str(tmp_path / 'above'), str(tmp_path / 'away'))
+        write(source + '/file', 'of another')
+        write(source + '/other', 'of another')
+        write(str(tmp_path / 'away/src/file'), 'changed')
+        until_equal(source, far + '/src', running=running)
+        write(source + '/other', 'watched')
+        until_equal(source, far + '/src', running=running)
+
+
+def test_a_source_that_goes_away_before_it_is_sent_once_ends_that_with_status_1(tmp_path):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/file', 'data')
+    done = once('--no-replicate-on-change', source, far, 'sh', '-c', 'mv "$0" "$0.away"; exec bash', source, expect=1, timeout=20)
+    assert 'is gone' in done.stderr and 'in step' not in done.stdout
+
+
 def test_an_unmounted_source_removes_nothing_and_is_taken_up_when_it_is_mounted_again(fault_open):
     source, far = fault_open + '/src', fault_open + '/far'
     os.mkdir(far)
