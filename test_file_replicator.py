@@ -3432,7 +3432,8 @@ def test_a_source_exchanged_for_another_with_what_is_above_it_is_looked_at_anew_
 def test_a_source_that_goes_away_before_it_is_sent_once_ends_that_with_status_1(tmp_path):
     source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
     write(source + '/file', 'data')
-    done = once('--no-replicate-on-change', source, far, 'sh', '-c', 'mv "$0" "$0.away"; exec bash', source, expect=1, timeout=20)
+    done = once('--no-replicate-on-change', source, far, 'sh', '-c', 'mv "$0" "$0.away"; exec bash', source, expect=1,
+                timeout=20)
     assert 'is gone' in done.stderr and 'in step' not in done.stdout
 
 
