@@ -4252,9 +4252,13 @@ def test_a_changed_gitignore_is_taken_up_while_watching(tmp_path, repository):
         write(str(source / 'deep/er/.gitignore'), 'e.tmp\n')   # nested, and new
         until(lambda: option_has(there, 'deep/er/.gitignore'), 5)
         os.unlink(str(source / 'deep/er/e.tmp'))
+        write(str(source / 'g.o'))
+        write(str(source / 'behind it'))
+        until(lambda: option_has(there, 'behind it'), 5)
+        assert not option_has(there, 'g.o')
         os.unlink(str(source / '.gitignore'))
         write(str(source / 'f.o'))
-        until(lambda: option_has(there, 'f.o') and not option_has(there, '.gitignore'), 5)
+        until(lambda: option_has(there, 'f.o', 'g.o') and not option_has(there, '.gitignore'), 5)
         assert option_has(there, 'b.o', 'deep/er/e.tmp')
 
 
