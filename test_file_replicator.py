@@ -40,6 +40,7 @@ import pytest
 HERE = os.path.dirname(os.path.abspath(__file__))
 SCRIPT = os.environ.get('FILE_REPLICATOR', os.path.join(HERE, 'file_replicator.py'))
 sys.path.insert(0, os.path.dirname(SCRIPT))
+os.environ.pop('PYTHONUNBUFFERED', None)        # it hides what is still to be written when the program ends
 import file_replicator as fr            # noqa: E402
 
 SHELLS = ['bash', 'dash', 'busybox sh', 'mksh', 'zsh', 'ksh93', 'yash']
@@ -1057,6 +1058,35 @@ def test_a_time_that_is_still_to_come_is_kept_and_not_sent_again(tmp_path):
         assert difference(str(tmp_path / 's'), str(tmp_path / 'd' / 's')) == []
 
 
+def within_a_tick():
+    """A time in whole seconds, as of a coarse file system, that for two or three seconds proves nothing about a file."""
+    return (int(time.time()) + 2) * 10**9
+
+
+@pytest.mark.parametrize('how', ['at a start', 'by a poll'])
+def test_a_file_that_changed_again_within_a_tick_and_kept_its_size_and_time_is_sent_again(how, tmp_path):
+    source, far, when = str(tmp_path / 's'), str(tmp_path / 'd'), within_a_tick()
+    write(source + '/f', 'one', mtime_ns=when)
+    if how == 'at a start':
+        for data in ('one', 'two'):
+            write(source + '/f', data, mtime_ns=when)
+            once('--no-replicate-on-change', source, far, 'bash')
+            assert difference(source, far + '/s') == []
+    else:
+        with Running(tmp_path, '--poll', '0.2', source, far, 'bash') as run:
+            write(source + '/f', 'two', mtime_ns=when)
+            until_equal(source, far + '/s', 10, running=run)
+
+
+def test_what_is_watched_is_not_sent_again_at_a_new_connection_because_it_changed_just_before(tmp_path):
+    write(str(tmp_path / 's' / 'f'), 'one', mtime_ns=within_a_tick())
+    with Running(tmp_path, tmp_path / 's', tmp_path / 'd', 'bash') as run:
+        run.cut()
+        run.says('connected again')
+        run.in_step(2)
+        assert run.out().count('sent f') == 1
+
+
 @pytest.mark.parametrize(
     'kind', ['bash', 'bash, no tar', 'busybox sh', 'chroot of busybox', 'chroot of dash', 'docker'])
 def test_a_link_among_many_files_keeps_its_time(kind, request, tmp_path):
@@ -1157,6 +1187,7 @@ a link with two names       | ln -P l m; sleep 0.01; touch -h -d @1000000000 l
 one of two names is deleted | ln f h; rm f
 directories and a file in it| mkdir -p a/b/c && echo in >a/b/c/f
 a link that leads to a dash  | ln -s -- -l m; ln -s -- '-f l' n
+links to strange places     | ln -s "$(printf 'a\\nb/\\nc')" m; ln -s d/ n
 a copied tree               | cp -a d copy; cp -r /etc/init.d init
 saved by a rename           | echo new >.f.tmp; mv .f.tmp f
 saved by rename, with backup| ln f f~; echo new >.f.tmp; mv .f.tmp f
@@ -1282,8 +1313,10 @@ def test_bytes_that_changed_just_before_a_rename_are_sent(moved, tmp_path):
 
 
 @pytest.mark.parametrize('other, size', [('ln -s ../secret f', 4), ('mkfifo f', 4), ('mkdir f', 4), ('ln -s ../secret f', 3000000),
-                                         ('mkdir f', 3000000)])
+                                         ('mkdir f', 3000000), ('mknod f c 1 5', 4)])
 def test_what_is_no_file_any_more_after_the_look_is_not_read(other, size, tmp_path):
+    if other.startswith('mknod'):
+        fault_root()
     top = str(tmp_path / 'source')
     write(str(tmp_path / 'secret'), bytes(size))
     write(top + '/f', bytes(size))
@@ -1299,9 +1332,24 @@ def test_what_is_no_file_any_more_after_the_look_is_not_read(other, size, tmp_pa
     source.watch.give_up('the end')
 
 
+def test_a_file_that_changed_after_the_look_is_read_as_it_is_now(tmp_path):
+    top = str(tmp_path / 'source')
+    write(top + '/f', 'one', mtime_ns=10**18)
+    source = looked_at(top)
+    replica = fr.Replica(source.report.options, source, source.report)
+    step = fr.Step('file', 'f', source.tree.get('f'))
+    write(top + '/f', 'longer', mtime_ns=2 * 10**18)
+    read, data = replica.read(step)
+    assert (data, read.entry.size, read.entry.mtime_ns) == (b'longer', 6, 2 * 10**18)
+    assert source.tree.get('f') == replica.remote.get('f') == read.entry
+    os.truncate(top + '/f', fr.BULK_BYTES + 1)          # now too large to travel whole
+    assert replica.read(step) is None and source.hints == {'f': fr.CONTENT}
+    source.watch.give_up('the end')
+
+
 def test_a_source_that_goes_away_in_the_midst_of_a_look_is_not_a_source_emptied(tmp_path):
     top = str(tmp_path / 'source')
-    write(top + '/d/f')
+    write(top + '/d/f', mtime_ns=10**18)
     source = looked_at(top)
     check = source.root_is_there
 
@@ -1315,10 +1363,13 @@ def test_a_source_that_goes_away_in_the_midst_of_a_look_is_not_a_source_emptied(
     source.hint('', fr.LOOK)
     source.hint('d', fr.LOOK)
     assert source.look() == {} and source.gone and source.tree.get('') is not None
+    source.hint('d/f', fr.CONTENT)              # what is hinted at meanwhile is not forgotten
+    assert source.look() == {}
     source.root_is_there = check
     os.rename(top + '.old', top)
     source.due(time.monotonic() + 2)
-    assert {'', 'd', 'd/f'} <= set(source.look()) and source.tree.get('d/f') is not None
+    changed = source.look()
+    assert {'', 'd', 'd/f'} <= set(changed) and changed['d/f'] == fr.CONTENT and source.tree.get('d/f') is not None
     source.watch.give_up('the end')
 
 
@@ -1470,6 +1521,9 @@ def test_more_directories_than_may_be_watched_are_polled_and_that_is_said_once(t
         write(str(source / '29' / 'new'), 'new')
         until_equal(str(source), str(tmp_path / 'there' / 'tree'))
         write(str(source / '3' / 'new'), 'new')
+        until_equal(str(source), str(tmp_path / 'there' / 'tree'))
+        for number in range(29):        # those that were watched too
+            shutil.rmtree(str(source / str(number)))
         until_equal(str(source), str(tmp_path / 'there' / 'tree'))
         said = out.read_text()
         assert said.count('max_user_watches') == 1 and 'is looked at every' in said, said
@@ -1946,6 +2000,13 @@ def test_each_confirmed_path_is_a_line_and_then_it_is_in_step(tree):
             'sent sub/.b (1 bytes, N ms)'
         ]
         assert lines[-2:] == ['in step', '']
+
+
+def test_a_path_is_shown_so_that_any_terminal_can_show_it_and_no_two_look_alike(tree):
+    for name in ('\xfc', 'a\nb', 'a\\nb', '\udcff'):
+        write(str(tree / 'src' / name))
+    out = once('--no-replicate-on-change', tree / 'src', tree / 'dst', 'bash', env={'PYTHONIOENCODING': 'ascii'}).stdout
+    assert {'\\xfc', 'a\\nb', 'a\\\\nb', '\\xff'} <= set(option_lines(out, 'sent'))
 
 
 def test_debugging_shows_events_steps_and_records(tree):
@@ -3486,6 +3547,30 @@ def test_a_source_that_is_gone_is_not_a_source_that_was_emptied(tmp_path):
         until_equal(source, replica, running=running)
 
 
+def test_a_source_exchanged_for_another_with_what_is_above_it_is_looked_at_anew_at_the_next_event(tmp_path):
+    """No event tells of the exchange itself."""
+    source, far = str(tmp_path / 'above' / 'src'), str(tmp_path / 'far')
+    write(source + '/file', 'old')
+    write(source + '/other', 'old')
+    os.mkdir(far)
+    with Running(tmp_path, source, far, 'bash') as running:
+        os.rename(str(tmp_path / 'above'), str(tmp_path / 'away'))
+        write(source + '/file', 'of another')
+        write(source + '/other', 'of another')
+        write(str(tmp_path / 'away/src/file'), 'changed')
+        until_equal(source, far + '/src', running=running)
+        write(source + '/other', 'watched')
+        until_equal(source, far + '/src', running=running)
+
+
+def test_a_source_that_goes_away_before_it_is_sent_once_ends_that_with_status_1(tmp_path):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/file', 'data')
+    done = once('--no-replicate-on-change', source, far, 'sh', '-c', 'mv "$0" "$0.away"; exec bash', source, expect=1,
+                timeout=20)
+    assert 'is gone' in done.stderr and 'in step' not in done.stdout
+
+
 def test_an_unmounted_source_removes_nothing_and_is_taken_up_when_it_is_mounted_again(fault_open):
     source, far = fault_open + '/src', fault_open + '/far'
     os.mkdir(far)
@@ -3871,6 +3956,24 @@ def test_names_that_our_staging_has_are_left_out_with_a_notice(tmp_path):
     write(source + '/fine', 'data')
     done = once('--no-replicate-on-change', source, far, 'bash')
     assert sorted(tree_of(far + '/src')) == ['.', 'd', 'fine'] and done.stderr.count('is left out') == 4
+
+
+@fault_in_each_shell
+def test_what_a_killed_run_left_staged_over_there_goes_at_the_next_start_and_no_more(tmp_path, shell):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    victim, before = fault_victim(tmp_path)
+    write(source + '/file', 'data')
+    for at in ('', 'd/'):
+        write(source + '/' + at + 'kept', 'data')
+        write(far + '/src/' + at + '.file_replicator.0123456789ab-new', 'half a f')
+    write(far + '/src/.file_replicator.0123456789ab/b/1/f', 'half a f')
+    os.symlink(victim, far + '/src/.file_replicator.ba9876543210')
+    write(far + '/src/.file_replicator.0123456789abc', 'theirs')
+    os.mkdir(far + '/src/d/.file_replicator.0123456789ab')       # theirs: a staging stands in the root only
+    once('--no-replicate-on-change', source, far, *shell_command(tmp_path, shell))
+    assert sorted(tree_of(far + '/src')) == ['.', '.file_replicator.0123456789abc', 'd', 'd/.file_replicator.0123456789ab',
+                                             'd/kept', 'file', 'kept']
+    assert tree_of(victim) == before
 
 
 # ---- mirror and clean-out
@@ -4300,9 +4403,13 @@ def test_a_changed_gitignore_is_taken_up_while_watching(tmp_path, repository):
         write(str(source / 'deep/er/.gitignore'), 'e.tmp\n')   # nested, and new
         until(lambda: option_has(there, 'deep/er/.gitignore'), 5)
         os.unlink(str(source / 'deep/er/e.tmp'))
+        write(str(source / 'g.o'))
+        write(str(source / 'behind it'))
+        until(lambda: option_has(there, 'behind it'), 5)
+        assert not option_has(there, 'g.o')
         os.unlink(str(source / '.gitignore'))
         write(str(source / 'f.o'))
-        until(lambda: option_has(there, 'f.o') and not option_has(there, '.gitignore'), 5)
+        until(lambda: option_has(there, 'f.o', 'g.o') and not option_has(there, '.gitignore'), 5)
         assert option_has(there, 'b.o', 'deep/er/e.tmp')
 
 
@@ -5023,7 +5130,19 @@ def test_a_closed_pipe_ends_it_without_noise(tmp_path, options):
     assert len(lines) == 2 and lines[0].startswith('sent ') and lines[1] == '0' and done.stderr == b'', done
 
 
-@pytest.mark.parametrize('redirection', ['>&-', '2>&-', '>&- 2>&-', '>/dev/full', '<&-'])
+@pytest.mark.parametrize('unbuffered', ['', '1'])
+def test_an_output_that_nobody_reads_from_the_start_ends_it_without_noise(tmp_path, unbuffered):
+    """Python writes what it still holds once more at its end."""
+    source, there = option_source(tmp_path, 'a')
+    ours, theirs = os.pipe()
+    os.close(ours)
+    done = subprocess.run(command(source, there.parent, 'bash'), stdin=subprocess.DEVNULL, stdout=theirs,
+                          stderr=subprocess.PIPE, timeout=30, env=dict(os.environ, PYTHONUNBUFFERED=unbuffered))
+    os.close(theirs)
+    assert (done.returncode, done.stderr) == (0, b'')
+
+
+@pytest.mark.parametrize('redirection', ['>&-', '2>&-', '>&- 2>&-', '>/dev/full', '2>/dev/full', '<&-'])
 def test_closed_and_full_outputs_are_no_traceback(tmp_path, redirection):
     source, there = option_source(tmp_path, 'a')
     os.mkfifo(str(source / 'fifo'))
