@@ -44,7 +44,7 @@ import subprocess
 import sys
 import time
 from typing import (Any, Callable, Collection, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional,
-                    Pattern, Sequence, Set, Tuple)
+                    Pattern, Sequence, Set, TextIO, Tuple)
 
 __version__ = '1.0'
 
@@ -345,7 +345,7 @@ do_beat() { :; }
 do_stage() {
   [ -z "$staged" ] || return 0
   for old in ./.file_replicator.????????????; do
-    [ ! -d "$old" ] || [ -h "$old" ] || rm -rf "$old"
+    case ${old#./.file_replicator.} in *[!0-9a-f]*) ;; *) rm -rf "$old" ;; esac
   done
   umask 077
   mkdir "$stage" && staged=1
@@ -937,19 +937,12 @@ class Watch:
         self.descriptors.clear()
 
     def read(self) -> Iterator[Tuple[Optional[str], str, int]]:
-        """Yields (directory, name, mask) of all events there are; None as the directory when some were lost.
-        A rename's second half that is not there yet is waited for, two milliseconds: without it a rename
-        would be taken for a removal and a new file."""
-        events = self.inotify.read(timeout=0)
-        flags = self.flags
-        halves = {event.cookie for event in events if event.mask & flags.MOVED_FROM}
-        halves -= {event.cookie for event in events if event.mask & flags.MOVED_TO}
-        if halves:
-            events += self.inotify.read(timeout=2)
-        for event in events:
-            if event.mask & flags.Q_OVERFLOW:
+        """Yields (directory, name, mask) of all events there are; None as the directory when some were
+        lost."""
+        for event in self.inotify.read(timeout=0):
+            if event.mask & self.flags.Q_OVERFLOW:
                 yield None, '', 0
-            elif event.mask & flags.IGNORED:
+            elif event.mask & self.flags.IGNORED:
                 self.descriptors.pop(self.paths.pop(event.wd, None), None)
             elif event.wd in self.paths:
                 yield self.paths[event.wd], event.name, event.mask
@@ -1968,22 +1961,29 @@ def has_terminal() -> bool:
 
 # ==== 8. Report: what the user is told, and the hook ========================================================
 
-def to_stdout(text: str) -> None:
-    """Raises Stopped where nobody reads any more, Stop where it cannot be written; no more is tried then."""
+def say(text: str, file: TextIO) -> None:
+    """Raises OSError where it cannot be written; from then on what is written there goes nowhere."""
     try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        file.write(text)
+        file.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+        raise
+
+
+def to_stdout(text: str) -> None:
+    """Raises Stopped where nobody reads any more, Stop where it cannot be written."""
+    try:
+        say(text, sys.stdout)
+    except BrokenPipeError:
+        raise Stopped
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        if isinstance(error, BrokenPipeError):
-            raise Stopped
         raise Stop('cannot write to standard output: %s' % error.strerror)
 
 
 def to_stderr(text: str) -> None:
     with contextlib.suppress(OSError):  # nobody to tell
-        sys.stderr.write(text)
-        sys.stderr.flush()
+        say(text, sys.stderr)
 
 
 class Report:
@@ -3165,8 +3165,7 @@ def main(argv: Sequence[str]) -> int:
             signal.signal(each, signal.SIG_IGN)
         raise Stopped
 
-    while os.open(os.devnull, os.O_RDWR) < 3:       # 0, 1 or 2 may be closed: no pipe may get their number
-        pass
+    # one that is closed is None
     sys.stdout, sys.stderr = (each or open(os.devnull, 'w') for each in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors='backslashreplace')

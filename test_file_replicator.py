@@ -3970,9 +3970,10 @@ def test_what_a_killed_run_left_staged_over_there_goes_at_the_next_start_and_no_
     os.symlink(victim, far + '/src/.file_replicator.ba9876543210')
     write(far + '/src/.file_replicator.0123456789abc', 'theirs')
     os.mkdir(far + '/src/d/.file_replicator.0123456789ab')       # theirs: a staging stands in the root only
+    os.mkdir(far + '/src/.file_replicator.made_by_hand')
     once('--no-replicate-on-change', source, far, *shell_command(tmp_path, shell))
-    assert sorted(tree_of(far + '/src')) == ['.', '.file_replicator.0123456789abc', 'd', 'd/.file_replicator.0123456789ab',
-                                             'd/kept', 'file', 'kept']
+    assert sorted(tree_of(far + '/src')) == ['.', '.file_replicator.0123456789abc', '.file_replicator.made_by_hand', 'd',
+                                             'd/.file_replicator.0123456789ab', 'd/kept', 'file', 'kept']
     assert tree_of(victim) == before
 
 
