@@ -2905,11 +2905,14 @@ def test_a_session_that_was_given_up_writes_nothing_more_once_another_began(tmp_
 
 @fault_in_each_shell
 @pytest.mark.parametrize('records', [b'file 1 1 022 - 1 -\n./file\n9\nhalf', b'stage 1 0 \n0\npart 2 0 + p\n9\nhalf',
-                                     b'stage 1 0 \n0\nbulk 2 1 script\n.\n9\nhalf'])
+                                     b'stage 1 0 \n0\nbulk 2 1 script\n.\n9\nhalf',
+                                     b'dir 1 1 022\n./d', b'dir 1 1 022\n./d\n'])
 def test_a_record_that_ends_in_its_midst_leaves_nothing(tmp_path, shell, records):
     text = '%s\nmain - 0123456789ab %s - "" -' % (fr.RECEIVER, shlex.quote(str(tmp_path / 'far')))
-    subprocess.run([*shell_command(tmp_path, shell), '-c', text], input=records, stdout=subprocess.DEVNULL, timeout=20)
+    subprocess.run([*shell_command(tmp_path, shell), '-c', text], input=b'meta 0 1 - 1000000000\n.\n0\n' + records,
+                   stdout=subprocess.DEVNULL, timeout=20)
     assert os.listdir(str(tmp_path / 'far')) == []
+    assert os.stat(str(tmp_path / 'far')).st_mtime == 10**9         # what came and went has left no trace
 
 
 def test_two_that_replicate_to_the_same_place_are_noticed_and_one_ends(tmp_path):
