@@ -783,7 +783,7 @@ def test_no_byte_too_many_is_taken_from_a_stream_that_dribbles(shell, taker, tmp
 
 
 @pytest.mark.parametrize('stream, code', [(b'n.\nnext\n', 0), (b'left over\nmoren.\nnext\n', 1),
-                                          (b'\0\xff/n.\nnext\n', 1)])
+                                          (b'left over\nn.\nnext\n', 1), (b'\0\xff/n.\nnext\n', 1)])
 @pytest.mark.parametrize('shell', SHELLS)
 def test_what_is_left_of_a_record_is_passed_over(shell, stream, code, tmp_path):
     if shell == 'yash':
