@@ -2266,6 +2266,23 @@ def test_a_patch_that_could_not_be_written_there_is_never_put_in_place(tmp_path,
     assert bool(status) == ('large: ' in done.stderr)
 
 
+@pytest.mark.parametrize('shell', ['bash', 'dash'])
+def test_a_file_of_which_a_tool_took_only_a_part_without_saying_so_is_never_put_in_place(tmp_path, shell):
+    source, far, failing = str(tmp_path / 'src'), str(tmp_path / 'far'), str(tmp_path / 'failing')
+    write(source + '/file', 'old')
+    os.mkdir(far)
+    connect = shell_command(tmp_path, shell)
+    fault_command(tmp_path / ('shims-' + shell), 'dd', '#!/bin/sh\n[ -e %s ] || exec %s "$@"\nexec head -c 10\n' % (
+        failing, need('dd')))
+    with Running(tmp_path, source, far, *connect) as running:
+        write(failing)
+        write(source + '/file', 'more than ten bytes\n' * 9)
+        running.says('file: it could not be done over there')
+        assert fault_holds(far, 'src/file', b'old')
+        os.remove(failing)
+        until_equal(source, far + '/src', running=running)
+
+
 # ---- what the far side may not do
 
 @fault_in_each_shell
