@@ -3084,6 +3084,7 @@ def test_nonsense_after_ready_is_said_and_a_sane_far_side_takes_over(tmp_path, s
             running.in_step()
             assert not difference(source, far + '/src')
             assert re.search('connection lost|waiting for the far side', running.err()), running.log()
+            assert '77' not in says or 'answers what nobody asked' in running.err()
 
 
 def test_a_far_side_that_closes_only_its_output_is_left_and_connected_again(tmp_path):
