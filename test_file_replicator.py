@@ -4689,7 +4689,8 @@ def test_a_remote_hook_runs_in_the_replica_and_cannot_eat_the_stream(tmp_path, f
 @pytest.mark.parametrize('hook, said', [('exit 3', '3'), ('echo to its output', 'to its output'),
                                         ('echo wrong >&2; exit 1', 'wrong'),
                                         ('no-such-command-anywhere', 'not found'), ('kill -9 $$', 'status'),
-                                        ("printf '\\033[2J\\377'", '\\x1b[2J'), ('"', 'hook')])
+                                        ("printf '\\033[2J\\377'", '\\x1b[2J'), ('"', 'hook'),
+                                        ('echo "0123456789ab 9 0"; echo + 9; echo stop now', 'stop now')])
 def test_a_hook_that_fails_or_prints_is_shown_and_stops_nothing(tmp_path, kind, hook, said):
     source, there = option_source(tmp_path, 'a')
     with option_watching(tmp_path, kind, hook) as running:
