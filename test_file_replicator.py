@@ -1157,6 +1157,7 @@ a link with two names       | ln -P l m; sleep 0.01; touch -h -d @1000000000 l
 one of two names is deleted | ln f h; rm f
 directories and a file in it| mkdir -p a/b/c && echo in >a/b/c/f
 a link that leads to a dash  | ln -s -- -l m; ln -s -- '-f l' n
+links that end in / and newline | ln -sfn d/ l; ln -s $'d/\\ne\\n' m
 a copied tree               | cp -a d copy; cp -r /etc/init.d init
 saved by a rename           | echo new >.f.tmp; mv .f.tmp f
 saved by rename, with backup| ln f f~; echo new >.f.tmp; mv .f.tmp f
