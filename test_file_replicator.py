@@ -3104,6 +3104,18 @@ def test_a_far_side_that_closes_only_its_output_is_left_and_connected_again(tmp_
     fault_nothing_left(far)
 
 
+def test_a_listing_that_breaks_off_is_not_believed_where_it_did(tmp_path):
+    """What is left of a line there is the name of another file, which would then be taken to stand there already."""
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/name', 'same size', 0o644, 10**18)
+    write(far + '/src/name.old', 'same size', 0o644, 10**18)
+    connect = shell_command(tmp_path, 'dash')
+    fault_command(tmp_path / 'shims-dash', 'find',
+                  '#!/bin/sh\nlisted=$(%s "$@")\nprintf %%s "${listed%%%%.old*}"\n' % need('find'))
+    once('--no-replicate-on-change', source, far, *connect)
+    assert fault_holds(far, 'src/name', b'same size')
+
+
 FAULT_NO_ECHO = """
 import os, pty, subprocess, termios, threading
 ours, theirs = pty.openpty()
