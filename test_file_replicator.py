@@ -4266,6 +4266,17 @@ def test_what_is_made_while_watching_is_decided_as_git_would(tmp_path):
         assert not option_has(there, 'a.o') and (there / 'build/b.o').read_bytes() == b'build/b.o'
 
 
+@pytest.mark.parametrize('far', OPTION_FARS)
+def test_what_git_ignores_hides_no_other_name_over_there(tmp_path, far):
+    """Its own may hold what find takes for a pattern."""
+    source, _ = option_source(tmp_path, 'a*', 'ab', 'x?', 'xy', '[b]', 'b', 'c\\d', 'cd')
+    write(str(source / '.gitignore'), 'a\\*\nx\\?\n\\[b]\nc\\\\d\n')
+    option_age(source)
+    option_once(tmp_path, far=far)
+    assert option_paths(option_replica(tmp_path, far)) == ['.gitignore', 'ab', 'b', 'cd', 'xy']
+    assert option_once(tmp_path, far=far).stdout == 'in step\n'
+
+
 def test_ignored_directories_are_neither_listed_nor_watched(tmp_path):
     source, there = option_source(tmp_path, 'a/b/c', *('node_modules/m%d/lib/x' % n for n in range(40)),
                                   'secret/x')
