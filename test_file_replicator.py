@@ -1885,6 +1885,12 @@ def test_clean_out_first_empties_the_replica_and_keeps_the_directory_itself(tree
     assert (tree / 'src' / 'a').read_bytes() == b'a'
 
 
+@pytest.mark.parametrize('option', ['--mirror', '--clean-out-first'])
+def test_what_it_removes_over_there_is_not_its_own_staging(option, tree):
+    done = once(option, '--no-replicate-on-change', tree / 'src', tree / 'dst', 'bash')
+    assert done.stderr == '' and 'removed' not in done.stdout
+
+
 @pytest.mark.parametrize('option', ['', '--no-delete', '--mirror'])
 def test_what_is_removed_over_there(option, tree):
     """By default what went here; with --mirror what is not here; with --no-delete nothing."""
