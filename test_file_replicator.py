@@ -2009,6 +2009,15 @@ def fault_through(monkeypatch, tmp_path, *words):
     monkeypatch.setattr(sys, 'executable', path)
 
 
+def fault_other_number(monkeypatch, tmp_path, words, others):
+    """From now on it is a copy of the program that is started: a number in it is smaller, so that a test need not be long."""
+    with open(SCRIPT, encoding='utf-8') as file:
+        text = file.read()
+    assert text.count(words) == 1
+    write(str(tmp_path / 'copy.py'), text.replace(words, others))
+    monkeypatch.setattr(sys.modules[__name__], 'SCRIPT', str(tmp_path / 'copy.py'))
+
+
 @pytest.fixture
 def fault_not_root(tmp_path, monkeypatch):
     """The program runs as somebody whom permissions stop: root without what root may override."""
@@ -4790,6 +4799,24 @@ def test_wait_keeps_trying_until_the_far_side_is_up(tmp_path):
         until(lambda: option_has(there, 'a', 'b'), 12, running.log)
         running.in_step()
         assert running.err().count('not yet') == 1, running.err()
+
+
+def test_it_tries_less_and_less_often_until_a_connection_has_lasted(tmp_path, monkeypatch):
+    """To have lasted takes five seconds, and half a one here."""
+    source, there = option_source(tmp_path, 'a')
+    fault_other_number(monkeypatch, tmp_path, 'self.since > 5:', 'self.since > 0.5:')
+    connect = ['sh', '-c', 'date +%s.%N >>"$0"; [ "$(wc -l <"$0")" -gt 5 ] || exit 255; exec bash', str(tmp_path / 'tries')]
+
+    def tries():
+        return [float(line) for line in (tmp_path / 'tries').read_text().split()]
+    with Running(tmp_path, '--wait', source, there.parent, *connect) as running:
+        assert tries()[-1] - tries()[-2] > 0.7
+        at = time.monotonic()
+        until(lambda: time.monotonic() - at > 0.6)
+        at = time.time()
+        running.cut()
+        until(lambda: len(tries()) > 6)
+        assert tries()[-1] - at < 1.5
 
 
 def test_the_log_file_has_all_lines_with_the_time_also_under_quiet(tmp_path):
