@@ -4767,12 +4767,14 @@ def test_a_hook_that_leaves_a_server_running_does_not_hold_up_the_next(tmp_path,
 
 def test_edits_do_not_wait_for_a_slow_hook_here(tmp_path):
     source, there = option_source(tmp_path, 'a')
-    with option_watching(tmp_path, '--hook', 'echo $$ >../hook; exec sleep 30', cwd=str(source)) as running:
+    with option_watching(tmp_path, '--hook', 'echo $$ >>../hook; exec sleep 30', cwd=str(source)) as running:
         pid = until(lambda: os.path.exists(str(tmp_path / 'hook')) and (tmp_path / 'hook').read_text().strip())
         write(str(source / 'a'), 'changed')
         until(lambda: (there / 'a').read_bytes() == b'changed', 3)
+        running.in_step(2)
         assert running.stop() == 0
     until(lambda: not os.path.exists('/proc/' + pid), 5)
+    assert (tmp_path / 'hook').read_text().split() == [pid]         # nor is it run for what was waiting
 
 
 def test_a_remote_hook_may_take_longer_than_anything_else_may(tmp_path, monkeypatch, capfd):
