@@ -4765,6 +4765,23 @@ def test_a_hook_that_leaves_a_server_running_does_not_hold_up_the_next(tmp_path,
     assert time.monotonic() - began < 6
 
 
+def test_a_server_that_a_remote_hook_started_outlives_the_connection_and_makes_files_as_usual(tmp_path):
+    source, there = option_source(tmp_path, 'a')
+    hook = 'echo >>../made; [ -e ../pid ] || { setsid sleep 60 >/dev/null 2>&1 </dev/null & echo $! >../pid; }'
+    with option_watching(tmp_path, '--remote-hook', hook) as running:
+        pid = until(lambda: (tmp_path / 'there' / 'pid').exists() and (tmp_path / 'there' / 'pid').read_text().strip())
+        try:
+            assert stat.S_IMODE((tmp_path / 'there' / 'made').stat().st_mode) == 0o644
+            running.cut()
+            write(str(source / 'a'), 'changed')
+            until(lambda: (there / 'a').read_bytes() == b'changed', 10, running.log)
+            with open('/proc/%s/cmdline' % pid) as file:
+                assert file.read().startswith('sleep')
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+
+
 def test_edits_do_not_wait_for_a_slow_hook_here(tmp_path):
     source, there = option_source(tmp_path, 'a')
     with option_watching(tmp_path, '--hook', 'echo $$ >>../hook; exec sleep 30', cwd=str(source)) as running:
