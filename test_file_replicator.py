@@ -2937,6 +2937,22 @@ def test_a_session_that_was_given_up_writes_nothing_more_once_another_began(tmp_
 
 
 @fault_in_each_shell
+def test_the_shell_of_the_session_before_is_ended_even_if_it_has_nothing_staged(tmp_path, shell):
+    """Else it would not know that another session began, and do what comes to it late."""
+    text = '%s\nmain "$0" %%s %s - "" %%s' % (fr.RECEIVER.replace('%', '%%'), shlex.quote(str(tmp_path / 'far')))
+    write(str(tmp_path / 'far' / 'file'), 'so that nothing has to be staged')
+    connect = shell_command(tmp_path, shell)
+    with subprocess.Popen([*connect, '-c', text % ('0123456789ab', '-'), '-'], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as old:
+        while old.stdout.readline() not in (b'0123456789ab listed\n', b''):
+            pass
+        subprocess.run([*connect, '-c', text % ('ba9876543210', '0123456789ab'), '-'], stdin=subprocess.DEVNULL,
+                       stdout=subprocess.DEVNULL, timeout=20)
+        old.communicate(b'remove 1 1 \n./file\n0\n', timeout=20)
+    assert os.path.exists(str(tmp_path / 'far' / 'file'))
+
+
+@fault_in_each_shell
 @pytest.mark.parametrize('records', [b'file 1 1 022 - 1 -\n./file\n9\nhalf', b'stage 1 0 \n0\npart 2 0 + p\n9\nhalf',
                                      b'stage 1 0 \n0\nbulk 2 1 script\n.\n9\nhalf',
                                      b'dir 1 1 022\n./d', b'dir 1 1 022\n./d\n'])
