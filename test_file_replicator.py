@@ -2693,6 +2693,7 @@ def test_what_somebody_puts_in_the_way_while_we_watch_is_never_followed(tmp_path
         'a mode below': lambda d: os.chmod(d + '/file', 0o777),
         'a rename below': lambda d: os.rename(d + '/inside', d + '/outside'),
         'a rename to below': lambda d: os.rename(d + '-other', d + '/other'),
+        'a rename from below': lambda d: os.rename(d + '/inside', d + '-inside'),
         'a rename of it': lambda d: os.rename(d, d + '2'),
         'a directory below': lambda d: os.makedirs(d + '/x/y'),
         'a link below': lambda d: os.symlink('file', d + '/another'),
