@@ -2446,6 +2446,17 @@ def test_a_file_that_is_a_mount_point_is_written_in_place(fault_open, shell):
             until(lambda: re.search('file_replicator: config: .*[Bb]usy', running.err()), 20, running.log)
 
 
+@pytest.mark.parametrize('shell', ['bash', 'dash'])
+def test_a_device_that_is_mounted_where_a_file_should_be_is_not_written_to(fault_open, shell):
+    """As /dev/null is to hide a file from a container: what is written to it has not arrived."""
+    tmp, source, replica = fault_open, fault_open + '/src', fault_open + '/far/src'
+    write(source + '/hidden', 'secret')
+    write(replica + '/hidden', '')
+    with fault_mount(replica + '/hidden', '--bind', '/dev/null'):
+        done = once('--no-replicate-on-change', source, tmp + '/far', *shell_command(tmp, shell), expect=1)
+        assert re.search('file_replicator: hidden: .*[Bb]usy', done.stderr) and 'sent' not in done.stdout
+
+
 @fault_in_each_shell
 def test_a_directory_that_cannot_be_renamed_there_arrives_under_its_new_name(fault_open, shell):
     tmp, source, replica = fault_open, fault_open + '/src', fault_open + '/far/src'
