@@ -2688,6 +2688,21 @@ def test_a_directory_that_holds_theirs_is_never_replaced_by_a_file(tmp_path, she
 
 
 @fault_in_each_shell
+def test_what_is_gone_over_there_already_is_no_trouble_when_it_goes_here(tmp_path, shell):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    for name in ('file', 'other', 'd/e/in'):
+        write(os.path.join(source, name), 'data')
+    os.mkdir(far)
+    with Running(tmp_path, source, far, *shell_command(tmp_path, shell)) as running:
+        for root, elsewhere in ((far + '/src', 'theirs'), (source, 'ours')):
+            os.mkdir(str(tmp_path / elsewhere))
+            for name in ('d', 'file'):              # with all that is in it at once: else its time is set in between
+                os.rename(os.path.join(root, name), str(tmp_path / elsewhere / name))
+        until(lambda: running.out().count('removed') == 4, 20, running.log)
+        assert running.err() == ''
+
+
+@fault_in_each_shell
 def test_what_somebody_puts_in_the_way_while_we_watch_is_never_followed(tmp_path, shell):
     source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
     victim, before = fault_victim(tmp_path)
