@@ -2625,6 +2625,19 @@ def test_a_far_side_that_is_never_as_it_listed_is_given_up_and_the_path_named(tm
     assert 'd/file: ' in done.stderr and done.stderr.count('changed over there') == fr.DRIFTS_MOST
 
 
+def test_it_compares_again_as_often_as_they_change_the_replica_if_it_was_in_step_in_between(tmp_path, monkeypatch):
+    fault_other_number(monkeypatch, tmp_path, 'DRIFTS_MOST = 9 ', 'DRIFTS_MOST = 1 ')
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/d/file', 'data')
+    os.mkdir(far)
+    with Running(tmp_path, source, far, 'dash') as running:
+        for number in range(3):
+            shutil.rmtree(far + '/src/d')
+            write(source + '/d/file', '%d' % number)
+            running.in_step(number + 2, within=20)
+            assert not difference(source, far + '/src')
+
+
 # ---- what stands in the way there
 
 def fault_obstacles(source, replica, victim):
