@@ -1930,11 +1930,15 @@ def test_without_initial_replication_only_what_changes_is_sent(tree):
         until(lambda: (tree / 'dst' / 'src' / 'sub' / 'new').exists(), 10, run.log)
         run.in_step(2)
         assert set(tree_of(str(tree / 'dst' / 'src'))) == {'.', 'sub', 'sub/new'}
+        write(str(tree / 'other'), 'other')
+        run.process.send_signal(signal.SIGSTOP)         # so that it sees all this at once
         run.cut()                       # nor after a new connection
         write(str(tree / 'src' / 'meanwhile'), 'new')
+        os.rename(str(tree / 'other'), str(tree / 'src' / 'a'))
+        run.process.send_signal(signal.SIGCONT)
         until(lambda: (tree / 'dst' / 'src' / 'meanwhile').exists(), 10, run.log)
         run.in_step(3)
-        assert set(tree_of(str(tree / 'dst' / 'src'))) == {'.', 'sub', 'sub/new', 'meanwhile'}
+        assert set(tree_of(str(tree / 'dst' / 'src'))) == {'.', 'a', 'sub', 'sub/new', 'meanwhile'}
 
 
 def test_each_confirmed_path_is_a_line_and_then_it_is_in_step(tree):
