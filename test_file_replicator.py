@@ -3388,6 +3388,18 @@ def test_files_rewritten_all_the_time_do_not_keep_others_waiting_and_arrive_them
             over.set()
             thread.join()
         until_equal(source, far + '/src', running=running)
+def test_what_changes_all_the_time_is_sent_as_often_as_the_far_side_can_follow(tmp_path):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/log', '')
+    os.mkdir(far)
+    connect = shell_command(tmp_path, 'dash')
+    fault_command(tmp_path / 'shims-dash', 'mv', '#!/bin/sh\nsleep 0.03\nexec %s "$@"\n' % need('mv'))
+    with Running(tmp_path, source, far, *connect) as running:
+        for number in range(400):
+            write(source + '/log', 'line %d' % number)
+            time.sleep(0.003)           # the pace of the writer
+        until_equal(source, far + '/src', running=running)
+        assert running.out().count('sent log') < 200
 
 
 def test_a_new_directory_keeps_its_time_when_something_is_moved_into_it_at_once(tmp_path):
