@@ -3388,6 +3388,40 @@ def test_files_rewritten_all_the_time_do_not_keep_others_waiting_and_arrive_them
             over.set()
             thread.join()
         until_equal(source, far + '/src', running=running)
+
+
+# A slow connection that rather takes more than it passes on, but holds no more bytes than its first word says.
+FAULT_BUFFER = '''
+most, held = int(sys.argv[1]), b''
+far = subprocess.Popen(sys.argv[2:], stdin=subprocess.PIPE, bufsize=0)
+while True:
+    if select.select([0] if len(held) < most else [], [], [], 0.003)[0]:
+        data = os.read(0, 16384)
+        if not data:
+            break
+        held += data
+    elif held:
+        held = held[far.stdin.write(held[:16384]):]
+while held:
+    held = held[far.stdin.write(held):]
+'''
+
+
+@pytest.mark.parametrize('most, before', [(1, 150), (1 << 30, 260)], ids=['little on the way', 'much on the way'])
+def test_a_fresh_edit_goes_before_the_backlog(tmp_path, monkeypatch, most, before):
+    fault_other_number(monkeypatch, tmp_path, 'WINDOW_BYTES = 32 << 20', 'WINDOW_BYTES = 8 << 20')
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    for i in range(320):
+        write('%s/backlog/%d' % (source, i), FAULT_BIG[:50000])
+    os.mkdir(far)
+    connect = fault_python(tmp_path, 'buffer', FAULT_BUFFER)
+    with Running(tmp_path, source, far, connect, most, 'dash', wait=False) as running:
+        until(lambda: os.path.exists(far + '/src/backlog'), 20, running.log)
+        write(source + '/fresh', 'fresh')
+        until(lambda: fault_holds(far, 'src/fresh', b'fresh'), 20, running.log)
+        assert len(os.listdir(far + '/src/backlog')) < before
+
+
 def test_what_changes_all_the_time_is_sent_as_often_as_the_far_side_can_follow(tmp_path):
     source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
     write(source + '/log', '')
