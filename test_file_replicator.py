@@ -1939,6 +1939,13 @@ def test_without_initial_replication_only_what_changes_is_sent(tree):
         until(lambda: (tree / 'dst' / 'src' / 'meanwhile').exists(), 10, run.log)
         run.in_step(3)
         assert set(tree_of(str(tree / 'dst' / 'src'))) == {'.', 'a', 'sub', 'sub/new', 'meanwhile'}
+        there = tree / 'dst' / 'src' / 'sub' / '.b'
+        write(str(tree / 'src' / 'sub' / '.b'), 'changed')
+        until(there.exists, 10, run.log)
+        run.in_step(4)
+        there.unlink()                  # from then on it is sent again where it is missing
+        run.cut()
+        until(there.exists, 10, run.log)
 
 
 def test_each_confirmed_path_is_a_line_and_then_it_is_in_step(tree):
