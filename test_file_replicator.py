@@ -2561,6 +2561,20 @@ def test_what_is_half_way_there_is_nobody_elses_to_read(tmp_path, shell):
 
 
 @pytest.mark.parametrize('shell', ['bash', 'dash'])
+@pytest.mark.parametrize('staged', [b'part 2 0 + p\n6\nsecret0123456789ab.\n', b'base 2 1 p 1 6 6\n./plain\n0\n'],
+                         ids=['part', 'base'])
+def test_what_was_staged_is_nobody_elses_to_read_even_if_its_mode_cannot_be_set(tmp_path, shell, staged):
+    far = str(tmp_path / 'far')
+    text = '%s\nmain - 0123456789ab %s - "" -' % (fr.RECEIVER, shlex.quote(far))
+    connect = shell_command(tmp_path, shell)
+    fault_command(tmp_path / ('shims-' + shell), 'chmod', '#!/bin/sh\nexit 1\n')
+    records = b'file 1 1 022 - 1 -\n./plain\n6\nsecret0123456789ab.\n' + staged + b'file 3 1 077 00600 1 p\n./secret\n0\n'
+    subprocess.run([*connect, '-c', text], input=records, stdout=subprocess.DEVNULL, timeout=20)
+    assert stat.S_IMODE(os.stat(far + '/plain').st_mode) == 0o644 and fault_holds(far, 'secret', b'secret')
+    assert stat.S_IMODE(os.stat(far + '/secret').st_mode) == 0o600
+
+
+@pytest.mark.parametrize('shell', ['bash', 'dash'])
 def test_a_tool_that_outlives_its_killed_session_changes_nothing_after_the_next_one_looked(sshd, tmp_path, shell):
     """A mv waits until the next session has listed the replica, and would then rename behind its back. Over ssh, where
     nothing ends what runs there when the connection is lost."""
