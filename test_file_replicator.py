@@ -784,7 +784,7 @@ def test_no_byte_too_many_is_taken_from_a_stream_that_dribbles(shell, taker, tmp
 
 
 @pytest.mark.parametrize('stream, code', [(b'n.\nnext\n', 0), (b'left over\nmoren.\nnext\n', 1),
-                                          (b'\0\xff/n.\nnext\n', 1)])
+                                          (b'left over\nn.\nnext\n', 1), (b'\0\xff/n.\nnext\n', 1)])
 @pytest.mark.parametrize('shell', SHELLS)
 def test_what_is_left_of_a_record_is_passed_over(shell, stream, code, tmp_path):
     if shell == 'yash':
@@ -1938,6 +1938,12 @@ def test_clean_out_first_empties_the_replica_and_keeps_the_directory_itself(tree
     assert (tree / 'src' / 'a').read_bytes() == b'a'
 
 
+@pytest.mark.parametrize('option', ['--mirror', '--clean-out-first'])
+def test_what_it_removes_over_there_is_not_its_own_staging(option, tree):
+    done = once(option, '--no-replicate-on-change', tree / 'src', tree / 'dst', 'bash')
+    assert done.stderr == '' and 'removed' not in done.stdout
+
+
 @pytest.mark.parametrize('option', ['', '--no-delete', '--mirror'])
 def test_what_is_removed_over_there(option, tree):
     """By default what went here; with --mirror what is not here; with --no-delete nothing."""
@@ -1981,11 +1987,22 @@ def test_without_initial_replication_only_what_changes_is_sent(tree):
         until(lambda: (tree / 'dst' / 'src' / 'sub' / 'new').exists(), 10, run.log)
         run.in_step(2)
         assert set(tree_of(str(tree / 'dst' / 'src'))) == {'.', 'sub', 'sub/new'}
+        write(str(tree / 'other'), 'other')
+        run.process.send_signal(signal.SIGSTOP)         # so that it sees all this at once
         run.cut()                       # nor after a new connection
         write(str(tree / 'src' / 'meanwhile'), 'new')
+        os.rename(str(tree / 'other'), str(tree / 'src' / 'a'))
+        run.process.send_signal(signal.SIGCONT)
         until(lambda: (tree / 'dst' / 'src' / 'meanwhile').exists(), 10, run.log)
         run.in_step(3)
-        assert set(tree_of(str(tree / 'dst' / 'src'))) == {'.', 'sub', 'sub/new', 'meanwhile'}
+        assert set(tree_of(str(tree / 'dst' / 'src'))) == {'.', 'a', 'sub', 'sub/new', 'meanwhile'}
+        there = tree / 'dst' / 'src' / 'sub' / '.b'
+        write(str(tree / 'src' / 'sub' / '.b'), 'changed')
+        until(there.exists, 10, run.log)
+        run.in_step(4)
+        there.unlink()                  # from then on it is sent again where it is missing
+        run.cut()
+        until(there.exists, 10, run.log)
 
 
 def test_each_confirmed_path_is_a_line_and_then_it_is_in_step(tree):
@@ -2065,6 +2082,15 @@ def fault_through(monkeypatch, tmp_path, *words):
     path = str(tmp_path / ('through.%d' % time.monotonic_ns()))
     write(path, '#!/bin/sh\nexec %s %s "$@"\n' % (' '.join(map(shlex.quote, words)), shlex.quote(sys.executable)), 0o755)
     monkeypatch.setattr(sys, 'executable', path)
+
+
+def fault_other_number(monkeypatch, tmp_path, words, others):
+    """From now on it is a copy of the program that is started: a number in it is smaller, so that a test need not be long."""
+    with open(SCRIPT, encoding='utf-8') as file:
+        text = file.read()
+    assert text.count(words) == 1
+    write(str(tmp_path / 'copy.py'), text.replace(words, others))
+    monkeypatch.setattr(sys.modules[__name__], 'SCRIPT', str(tmp_path / 'copy.py'))
 
 
 @pytest.fixture
@@ -2349,6 +2375,23 @@ def test_a_patch_that_could_not_be_written_there_is_never_put_in_place(tmp_path,
     assert bool(status) == ('large: ' in done.stderr)
 
 
+@pytest.mark.parametrize('shell', ['bash', 'dash'])
+def test_a_file_of_which_a_tool_took_only_a_part_without_saying_so_is_never_put_in_place(tmp_path, shell):
+    source, far, failing = str(tmp_path / 'src'), str(tmp_path / 'far'), str(tmp_path / 'failing')
+    write(source + '/file', 'old')
+    os.mkdir(far)
+    connect = shell_command(tmp_path, shell)
+    fault_command(tmp_path / ('shims-' + shell), 'dd', '#!/bin/sh\n[ -e %s ] || exec %s "$@"\nexec head -c 10\n' % (
+        failing, need('dd')))
+    with Running(tmp_path, source, far, *connect) as running:
+        write(failing)
+        write(source + '/file', 'more than ten bytes\n' * 9)
+        running.says('file: it could not be done over there')
+        assert fault_holds(far, 'src/file', b'old')
+        os.remove(failing)
+        until_equal(source, far + '/src', running=running)
+
+
 # ---- what the far side may not do
 
 @fault_in_each_shell
@@ -2498,6 +2541,17 @@ def test_a_file_that_is_a_mount_point_is_written_in_place(fault_open, shell):
             assert 'lost' not in running.err()
 
 
+@pytest.mark.parametrize('shell', ['bash', 'dash'])
+def test_a_device_that_is_mounted_where_a_file_should_be_is_not_written_to(fault_open, shell):
+    """As /dev/null is to hide a file from a container: what is written to it has not arrived."""
+    tmp, source, replica = fault_open, fault_open + '/src', fault_open + '/far/src'
+    write(source + '/hidden', 'secret')
+    write(replica + '/hidden', '')
+    with fault_mount(replica + '/hidden', '--bind', '/dev/null'):
+        done = once('--no-replicate-on-change', source, tmp + '/far', *shell_command(tmp, shell), expect=1)
+        assert re.search('file_replicator: hidden: .*[Bb]usy', done.stderr) and 'sent' not in done.stdout
+
+
 @fault_in_each_shell
 def test_a_directory_that_cannot_be_renamed_there_arrives_under_its_new_name(fault_open, shell):
     tmp, source, replica = fault_open, fault_open + '/src', fault_open + '/far/src'
@@ -2594,6 +2648,20 @@ def test_what_is_half_way_there_is_nobody_elses_to_read(tmp_path, shell):
 
 
 @pytest.mark.parametrize('shell', ['bash', 'dash'])
+@pytest.mark.parametrize('staged', [b'part 2 0 + p\n6\nsecret0123456789ab.\n', b'base 2 1 p 1 6 6\n./plain\n0\n'],
+                         ids=['part', 'base'])
+def test_what_was_staged_is_nobody_elses_to_read_even_if_its_mode_cannot_be_set(tmp_path, shell, staged):
+    far = str(tmp_path / 'far')
+    text = '%s\nmain - 0123456789ab %s - "" -' % (fr.RECEIVER, shlex.quote(far))
+    connect = shell_command(tmp_path, shell)
+    fault_command(tmp_path / ('shims-' + shell), 'chmod', '#!/bin/sh\nexit 1\n')
+    records = b'file 1 1 022 - 1 -\n./plain\n6\nsecret0123456789ab.\n' + staged + b'file 3 1 077 00600 1 p\n./secret\n0\n'
+    subprocess.run([*connect, '-c', text], input=records, stdout=subprocess.DEVNULL, timeout=20)
+    assert stat.S_IMODE(os.stat(far + '/plain').st_mode) == 0o644 and fault_holds(far, 'secret', b'secret')
+    assert stat.S_IMODE(os.stat(far + '/secret').st_mode) == 0o600
+
+
+@pytest.mark.parametrize('shell', ['bash', 'dash'])
 def test_a_tool_that_outlives_its_killed_session_changes_nothing_after_the_next_one_looked(sshd, tmp_path, shell):
     """A mv waits until the next session has listed the replica, and would then rename behind its back. Over ssh, where
     nothing ends what runs there when the connection is lost."""
@@ -2669,6 +2737,19 @@ def test_a_far_side_that_is_never_as_it_listed_is_given_up_and_the_path_named(tm
     assert 'd/file: ' in done.stderr and done.stderr.count('changed over there') == fr.DRIFTS_MOST
 
 
+def test_it_compares_again_as_often_as_they_change_the_replica_if_it_was_in_step_in_between(tmp_path, monkeypatch):
+    fault_other_number(monkeypatch, tmp_path, 'DRIFTS_MOST = 9 ', 'DRIFTS_MOST = 1 ')
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/d/file', 'data')
+    os.mkdir(far)
+    with Running(tmp_path, source, far, 'dash') as running:
+        for number in range(3):
+            shutil.rmtree(far + '/src/d')
+            write(source + '/d/file', '%d' % number)
+            running.in_step(number + 2, within=20)
+            assert not difference(source, far + '/src')
+
+
 # ---- what stands in the way there
 
 def fault_obstacles(source, replica, victim):
@@ -2732,6 +2813,21 @@ def test_a_directory_that_holds_theirs_is_never_replaced_by_a_file(tmp_path, she
 
 
 @fault_in_each_shell
+def test_what_is_gone_over_there_already_is_no_trouble_when_it_goes_here(tmp_path, shell):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    for name in ('file', 'other', 'd/e/in'):
+        write(os.path.join(source, name), 'data')
+    os.mkdir(far)
+    with Running(tmp_path, source, far, *shell_command(tmp_path, shell)) as running:
+        for root, elsewhere in ((far + '/src', 'theirs'), (source, 'ours')):
+            os.mkdir(str(tmp_path / elsewhere))
+            for name in ('d', 'file'):              # with all that is in it at once: else its time is set in between
+                os.rename(os.path.join(root, name), str(tmp_path / elsewhere / name))
+        until(lambda: running.out().count('removed') == 4, 20, running.log)
+        assert running.err() == ''
+
+
+@fault_in_each_shell
 def test_what_somebody_puts_in_the_way_while_we_watch_is_never_followed(tmp_path, shell):
     source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
     victim, before = fault_victim(tmp_path)
@@ -2748,6 +2844,7 @@ def test_what_somebody_puts_in_the_way_while_we_watch_is_never_followed(tmp_path
         'a mode below': lambda d: os.chmod(d + '/file', 0o777),
         'a rename below': lambda d: os.rename(d + '/inside', d + '/outside'),
         'a rename to below': lambda d: os.rename(d + '-other', d + '/other'),
+        'a rename from below': lambda d: os.rename(d + '/inside', d + '-inside'),
         'a rename of it': lambda d: os.rename(d, d + '2'),
         'a directory below': lambda d: os.makedirs(d + '/x/y'),
         'a link below': lambda d: os.symlink('file', d + '/another'),
@@ -2992,12 +3089,31 @@ def test_a_session_that_was_given_up_writes_nothing_more_once_another_began(tmp_
 
 
 @fault_in_each_shell
+def test_the_shell_of_the_session_before_is_ended_even_if_it_has_nothing_staged(tmp_path, shell):
+    """Else it would not know that another session began, and do what comes to it late."""
+    text = '%s\nmain "$0" %%s %s - "" %%s' % (fr.RECEIVER.replace('%', '%%'), shlex.quote(str(tmp_path / 'far')))
+    write(str(tmp_path / 'far' / 'file'), 'so that nothing has to be staged')
+    connect = shell_command(tmp_path, shell)
+    with subprocess.Popen([*connect, '-c', text % ('0123456789ab', '-'), '-'], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as old:
+        while old.stdout.readline() not in (b'0123456789ab listed\n', b''):
+            pass
+        subprocess.run([*connect, '-c', text % ('ba9876543210', '0123456789ab'), '-'], stdin=subprocess.DEVNULL,
+                       stdout=subprocess.DEVNULL, timeout=20)
+        old.communicate(b'remove 1 1 \n./file\n0\n', timeout=20)
+    assert os.path.exists(str(tmp_path / 'far' / 'file'))
+
+
+@fault_in_each_shell
 @pytest.mark.parametrize('records', [b'file 1 1 022 - 1 -\n./file\n9\nhalf', b'stage 1 0 \n0\npart 2 0 + p\n9\nhalf',
-                                     b'stage 1 0 \n0\nbulk 2 1 script\n.\n9\nhalf'])
+                                     b'stage 1 0 \n0\nbulk 2 1 script\n.\n9\nhalf',
+                                     b'dir 1 1 022\n./d', b'dir 1 1 022\n./d\n'])
 def test_a_record_that_ends_in_its_midst_leaves_nothing(tmp_path, shell, records):
     text = '%s\nmain - 0123456789ab %s - "" -' % (fr.RECEIVER, shlex.quote(str(tmp_path / 'far')))
-    subprocess.run([*shell_command(tmp_path, shell), '-c', text], input=records, stdout=subprocess.DEVNULL, timeout=20)
+    subprocess.run([*shell_command(tmp_path, shell), '-c', text], input=b'meta 0 1 - 1000000000\n.\n0\n' + records,
+                   stdout=subprocess.DEVNULL, timeout=20)
     assert os.listdir(str(tmp_path / 'far')) == []
+    assert os.stat(str(tmp_path / 'far')).st_mtime == 10**9         # what came and went has left no trace
 
 
 def test_two_that_replicate_to_the_same_place_are_noticed_and_one_ends(tmp_path):
@@ -3137,25 +3253,14 @@ far.wait()
 """
 
 
-def fault_impatient(tmp, *words):
-    """Replicates once, with a copy of the program that takes two seconds of silence for the end."""
-    with open(SCRIPT) as file:
-        text = file.read()
-    assert 'SILENT_SECONDS = 12, 25 ' in text
-    program = os.path.join(str(tmp), 'impatient.py')
-    write(program, text.replace('SILENT_SECONDS = 12, 25 ', 'SILENT_SECONDS = 12, 2 '))
-    done = subprocess.run([sys.executable, program, '--quiet', '--no-replicate-on-change', *words],
-                          stderr=subprocess.PIPE, timeout=40)
-    assert done.stderr == b'' and done.returncode == 0, done
-
-
 @pytest.mark.parametrize('files, size', [(300, 20000), (1, 6000000)])
-def test_a_slow_link_that_takes_all_at_once_is_not_taken_for_a_dead_one(tmp_path, files, size):
+def test_a_slow_link_that_takes_all_at_once_is_not_taken_for_a_dead_one(tmp_path, monkeypatch, files, size):
     """As with a network's deep buffers: nothing moves here while megabytes creep on."""
     source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
     for number in range(files):
         write('%s/%d' % (source, number), os.urandom(size), mtime_ns=10**18)
-    fault_impatient(tmp_path, source, far, sys.executable, '-c', FAULT_SLOW_LINK)
+    fault_other_number(monkeypatch, tmp_path, 'SILENT_SECONDS = 12, 25 ', 'SILENT_SECONDS = 12, 2 ')
+    assert once('--no-replicate-on-change', source, far, sys.executable, '-c', FAULT_SLOW_LINK).stderr == ''
     assert not difference(source, far + '/src')
 
 
@@ -3170,12 +3275,14 @@ def test_over_a_slow_link_a_file_that_is_saved_again_and_again_does_not_queue(tm
         until_equal(source, far + '/src', 5, running=running)
 
 
-def test_the_sums_of_all_files_may_take_longer_than_anything_else_may(tmp_path):
+def test_the_sums_of_all_files_may_take_longer_than_anything_else_may(tmp_path, monkeypatch):
     source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
     write(source + '/a', 'new')
     write(far + '/src/a', 'old')
     fault_command(tmp_path / 'shims-dash', 'sha256sum', '#!/bin/sh\n[ $# = 0 ] || sleep 3\nexec %s "$@"\n' % need('sha256sum'))
-    fault_impatient(tmp_path, '--checksum', source, far, *shell_command(tmp_path, 'dash'))
+    fault_other_number(monkeypatch, tmp_path, 'SILENT_SECONDS = 12, 25 ', 'SILENT_SECONDS = 12, 2 ')
+    words = '--no-replicate-on-change', '--checksum', source, far, *shell_command(tmp_path, 'dash')
+    assert once(*words).stderr == ''
     assert not difference(source, far + '/src')
 
 
@@ -3226,6 +3333,7 @@ def test_nonsense_after_ready_is_said_and_a_sane_far_side_takes_over(tmp_path, s
             running.in_step()
             assert not difference(source, far + '/src')
             assert re.search('connection lost|waiting for the far side', running.err()), running.log()
+            assert '77' not in says or 'answers what nobody asked' in running.err()
 
 
 def test_a_far_side_that_closes_only_its_output_is_left_and_connected_again(tmp_path):
@@ -3242,6 +3350,18 @@ def test_a_far_side_that_closes_only_its_output_is_left_and_connected_again(tmp_
         write(source + '/file', 'changed')
         until_equal(source, far + '/src', running=running)
     fault_nothing_left(far)
+
+
+def test_a_listing_that_breaks_off_is_not_believed_where_it_did(tmp_path):
+    """What is left of a line there is the name of another file, which would then be taken to stand there already."""
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/name', 'same size', 0o644, 10**18)
+    write(far + '/src/name.old', 'same size', 0o644, 10**18)
+    connect = shell_command(tmp_path, 'dash')
+    fault_command(tmp_path / 'shims-dash', 'find',
+                  '#!/bin/sh\nlisted=$(%s "$@")\nprintf %%s "${listed%%%%.old*}"\n' % need('find'))
+    once('--no-replicate-on-change', source, far, *connect)
+    assert fault_holds(far, 'src/name', b'same size')
 
 
 FAULT_NO_ECHO = """
@@ -3470,6 +3590,52 @@ def test_files_rewritten_all_the_time_do_not_keep_others_waiting_and_arrive_them
             over.set()
             thread.join()
         until_equal(source, far + '/src', running=running)
+
+
+# A slow connection that rather takes more than it passes on, but holds no more bytes than its first word says.
+FAULT_BUFFER = '''
+most, held = int(sys.argv[1]), b''
+far = subprocess.Popen(sys.argv[2:], stdin=subprocess.PIPE, bufsize=0)
+while True:
+    if select.select([0] if len(held) < most else [], [], [], 0.003)[0]:
+        data = os.read(0, 16384)
+        if not data:
+            break
+        held += data
+    elif held:
+        held = held[far.stdin.write(held[:16384]):]
+while held:
+    held = held[far.stdin.write(held):]
+'''
+
+
+@pytest.mark.parametrize('most, before', [(1, 150), (1 << 30, 260)], ids=['little on the way', 'much on the way'])
+def test_a_fresh_edit_goes_before_the_backlog(tmp_path, monkeypatch, most, before):
+    fault_other_number(monkeypatch, tmp_path, 'WINDOW_BYTES = 32 << 20', 'WINDOW_BYTES = 8 << 20')
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    for i in range(320):
+        write('%s/backlog/%d' % (source, i), FAULT_BIG[:50000])
+    os.mkdir(far)
+    connect = fault_python(tmp_path, 'buffer', FAULT_BUFFER)
+    with Running(tmp_path, source, far, connect, most, 'dash', wait=False) as running:
+        until(lambda: os.path.exists(far + '/src/backlog'), 20, running.log)
+        write(source + '/fresh', 'fresh')
+        until(lambda: fault_holds(far, 'src/fresh', b'fresh'), 20, running.log)
+        assert len(os.listdir(far + '/src/backlog')) < before
+
+
+def test_what_changes_all_the_time_is_sent_as_often_as_the_far_side_can_follow(tmp_path):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/log', '')
+    os.mkdir(far)
+    connect = shell_command(tmp_path, 'dash')
+    fault_command(tmp_path / 'shims-dash', 'mv', '#!/bin/sh\nsleep 0.03\nexec %s "$@"\n' % need('mv'))
+    with Running(tmp_path, source, far, *connect) as running:
+        for number in range(400):
+            write(source + '/log', 'line %d' % number)
+            time.sleep(0.003)           # the pace of the writer
+        until_equal(source, far + '/src', running=running)
+        assert running.out().count('sent log') < 200
 
 
 def test_a_new_directory_keeps_its_time_when_something_is_moved_into_it_at_once(tmp_path):
@@ -4487,6 +4653,17 @@ def test_what_is_made_while_watching_is_decided_as_git_would(tmp_path):
         assert not option_has(there, 'a.o') and (there / 'build/b.o').read_bytes() == b'build/b.o'
 
 
+@pytest.mark.parametrize('far', OPTION_FARS)
+def test_what_git_ignores_hides_no_other_name_over_there(tmp_path, far):
+    """Its own may hold what find takes for a pattern."""
+    source, _ = option_source(tmp_path, 'a*', 'ab', 'x?', 'xy', '[b]', 'b', 'c\\d', 'cd')
+    write(str(source / '.gitignore'), 'a\\*\nx\\?\n\\[b]\nc\\\\d\n')
+    option_age(source)
+    option_once(tmp_path, far=far)
+    assert option_paths(option_replica(tmp_path, far)) == ['.gitignore', 'ab', 'b', 'cd', 'xy']
+    assert option_once(tmp_path, far=far).stdout == 'in step\n'
+
+
 def test_ignored_directories_are_neither_listed_nor_watched(tmp_path):
     source, there = option_source(tmp_path, 'a/b/c', *('node_modules/m%d/lib/x' % n for n in range(40)),
                                   'secret/x')
@@ -4923,7 +5100,8 @@ def test_a_remote_hook_runs_in_the_replica_and_cannot_eat_the_stream(tmp_path, f
 @pytest.mark.parametrize('hook, said', [('exit 3', '3'), ('echo to its output', 'to its output'),
                                         ('echo wrong >&2; exit 1', 'wrong'),
                                         ('no-such-command-anywhere', 'not found'), ('kill -9 $$', 'status'),
-                                        ("printf '\\033[2J\\377'", '\\x1b[2J'), ('"', 'hook')])
+                                        ("printf '\\033[2J\\377'", '\\x1b[2J'), ('"', 'hook'),
+                                        ('echo "0123456789ab 9 0"; echo + 9; echo stop now', 'stop now')])
 def test_a_hook_that_fails_or_prints_is_shown_and_stops_nothing(tmp_path, kind, hook, said):
     source, there = option_source(tmp_path, 'a')
     with option_watching(tmp_path, kind, hook) as running:
@@ -4959,14 +5137,33 @@ def test_a_hook_that_leaves_a_server_running_does_not_hold_up_the_next(tmp_path,
     assert time.monotonic() - began < 6
 
 
+def test_a_server_that_a_remote_hook_started_outlives_the_connection_and_makes_files_as_usual(tmp_path):
+    source, there = option_source(tmp_path, 'a')
+    hook = 'echo >>../made; [ -e ../pid ] || { setsid sleep 60 >/dev/null 2>&1 </dev/null & echo $! >../pid; }'
+    with option_watching(tmp_path, '--remote-hook', hook) as running:
+        pid = until(lambda: (tmp_path / 'there' / 'pid').exists() and (tmp_path / 'there' / 'pid').read_text().strip())
+        try:
+            assert stat.S_IMODE((tmp_path / 'there' / 'made').stat().st_mode) == 0o644
+            running.cut()
+            write(str(source / 'a'), 'changed')
+            until(lambda: (there / 'a').read_bytes() == b'changed', 10, running.log)
+            with open('/proc/%s/cmdline' % pid) as file:
+                assert file.read().startswith('sleep')
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+
+
 def test_edits_do_not_wait_for_a_slow_hook_here(tmp_path):
     source, there = option_source(tmp_path, 'a')
-    with option_watching(tmp_path, '--hook', 'echo $$ >../hook; exec sleep 30', cwd=str(source)) as running:
+    with option_watching(tmp_path, '--hook', 'echo $$ >>../hook; exec sleep 30', cwd=str(source)) as running:
         pid = until(lambda: os.path.exists(str(tmp_path / 'hook')) and (tmp_path / 'hook').read_text().strip())
         write(str(source / 'a'), 'changed')
         until(lambda: (there / 'a').read_bytes() == b'changed', 3)
+        running.in_step(2)
         assert running.stop() == 0
     until(lambda: not os.path.exists('/proc/' + pid), 5)
+    assert (tmp_path / 'hook').read_text().split() == [pid]         # nor is it run for what was waiting
 
 
 def test_a_remote_hook_may_take_longer_than_anything_else_may(tmp_path, monkeypatch, capfd):
@@ -4993,6 +5190,24 @@ def test_wait_keeps_trying_until_the_far_side_is_up(tmp_path):
         until(lambda: option_has(there, 'a', 'b'), 12, running.log)
         running.in_step()
         assert running.err().count('not yet') == 1, running.err()
+
+
+def test_it_tries_less_and_less_often_until_a_connection_has_lasted(tmp_path, monkeypatch):
+    """To have lasted takes five seconds, and half a one here."""
+    source, there = option_source(tmp_path, 'a')
+    fault_other_number(monkeypatch, tmp_path, 'self.since > 5:', 'self.since > 0.5:')
+    connect = ['sh', '-c', 'date +%s.%N >>"$0"; [ "$(wc -l <"$0")" -gt 5 ] || exit 255; exec bash', str(tmp_path / 'tries')]
+
+    def tries():
+        return [float(line) for line in (tmp_path / 'tries').read_text().split()]
+    with Running(tmp_path, '--wait', source, there.parent, *connect) as running:
+        assert tries()[-1] - tries()[-2] > 0.7
+        at = time.monotonic()
+        until(lambda: time.monotonic() - at > 0.6)
+        at = time.time()
+        running.cut()
+        until(lambda: len(tries()) > 6)
+        assert tries()[-1] - at < 1.5
 
 
 def test_the_log_file_has_all_lines_with_the_time_also_under_quiet(tmp_path):
