@@ -170,10 +170,14 @@ stands() { [ -e "$1" ] || [ -h "$1" ]; }
 # Makes way at $1 for what is no directory: mv and ln would go into a directory, or through a link to one.
 clear_way() { [ ! -d "$1" ] || if [ -h "$1" ]; then rm -f "$1"; else rmdir "$1"; fi; }
 
+# Makes way at $1 for what could not be put there: busybox's mv replaces no link that it cannot follow.
+clear_link() { [ ! -h "$1" ] || rm -f "$1"; }
+
 # Puts the staged $1 at $2, in one rename. A file that is a mount point cannot be renamed over: it is written.
 put() {
   clear_way "$2" || { rm -f "$1"; return 1; }
   mv -f "$1" "$2" 2>/dev/null && return
+  clear_link "$2"
   said=$(mv -f "$1" "$2" 2>&1) && return
   case $said in *[Bb]usy*) [ -f "$2" ] && [ ! -h "$2" ] && cat "$1" >"$2" && rm -f "$1" && return ;; esac
   echo "$said"
@@ -247,7 +251,8 @@ do_dir() {
   umask "$w1"
   [ ! -h "$1" ] && [ -d "$1" ] && return
   ! stands "$1" || rm -f "$1" || return 1
-  mkdir "$1"
+  mkdir "$1" || return 1
+  [ ! -g "$1" ] || chmod g-s "$1"
 }
 
 # link TIME: the first path, less the dot at its end, is where the second shall lead.
@@ -290,7 +295,10 @@ do_rmdir() {
 # move: the first path becomes the second, with all that is in it.
 do_move() {
   solid "$1" && solid "$2" && stands "$1" || return 2
-  clear_way "$2" && mv -f "$1" "$2"
+  clear_way "$2" || return
+  mv -f "$1" "$2" 2>/dev/null && return
+  clear_link "$2"
+  mv -f "$1" "$2"
 }
 
 # bulk KIND: an archive (tar), or lines that write the same files (script), of b/1/..., b/2/...: what is in
@@ -655,19 +663,20 @@ def pattern_regex(pattern: str) -> Tuple[Pattern, bool]:
     """The expression that whole paths match, and whether only directories do. Raises ValueError for an empty
     one."""
     def expression(found) -> str:
-        if found[1]:
-            inside = re.sub(r'[\\[&~|]|^-', r'\\\g<0>', found[1])
-            if inside[0] in '!^':
-                inside = '^/' + inside[1:]
-            return '(?!/)[' + inside + ']'
         special = {'**/': '(?:.*/)?', '**': '.*', '*': '[^/]*', '?': '[^/]'}
-        return special.get(found[0]) or re.escape(found[0])
+        if not found[2]:
+            return special.get(found[0]) or re.escape(found[0])
+        ranges = re.findall('(?s)(.)-(.)|(.)', found[2])
+        if '[:' in found[2] or any(low > high for low, high, _ in ranges):
+            raise ValueError('[%s] is no range' % found[2])
+        return '(?!/)[%s%s]' % ('^' * bool(found[1]), ''.join(
+            re.escape(one) or re.escape(low) + '-' + re.escape(high) for low, high, one in ranges))
 
     body = pattern.strip('/')
     if not body:
         raise ValueError('an empty pattern')
     # a **/ that begins a name, others, and a class, whose first character may be ]
-    out = re.sub(r'(?s)(?<![^/])\*\*/|\*\*|\[(.[^]]*)\]|.', expression, body)
+    out = re.sub(r'(?s)(?<![^/])\*\*/|\*\*|\[([!^]?)(.[^]]*)\]|.', expression, body)
     anchored = '/' in pattern.rstrip('/')
     return re.compile(('' if anchored else '(?:.*/)?') + out, re.DOTALL), pattern.endswith('/')
 
@@ -845,7 +854,7 @@ class LeftOut:
         words: List[str] = []
         for pattern in ['.git'] * self.ask_git + [pattern for pattern, _, _ in self.patterns]:
             name = pattern.rstrip('/')
-            if '/' not in name and '\\' not in name and '**' not in name:
+            if not re.search(r'[][/?\\]|\*\*', name):
                 kind = ['-type', 'd'] if pattern.endswith('/') else []
                 words += ['!', '-name', '.', *kind, '-name', name, '-prune', '-o']
         for path in sorted(self.ignored, key=len)[:100]:
@@ -860,6 +869,7 @@ class LeftOut:
 # ==== 4. Look: what stands here, and where to look again ====================================================
 
 KINDS = {stat.S_IFREG: 'f', stat.S_IFDIR: 'd', stat.S_IFLNK: 'l'}  # all else is 's': a socket, FIFO or device
+TICK_NS = 50 * 10**6            # by which the time of a file may lag behind the clock, at most
 LOOKS = 10                      # in a row, while there are new events, before what was seen is sent
 
 
@@ -1142,7 +1152,7 @@ class Source:
             self.lose(path)
             return False
         if kind == 'f':
-            tick_ns = 50 * 10**6 if entry.mtime_ns % 10**9 else 2 * 10**9       # of a coarse file system
+            tick_ns = TICK_NS if entry.mtime_ns % 10**9 else 2 * 10**9          # of a coarse file system
             if abs(self.now_ns - entry.mtime_ns) < tick_ns:
                 self.fresh.add(path)
             if path.endswith('.gitignore') and self.left_out.ask_git:
@@ -1164,6 +1174,13 @@ class Source:
         return kind == 'd' and (why in (0, CONTENT) or before is None or before.kind != 'd'
                                 or before.inode != entry.inode or path in self.unlisted
                                 or not os.access(self.full(path), os.R_OK | os.X_OK))
+
+    def is_newer(self, item: os.DirEntry[str]) -> bool:
+        """Whether something may have come since git was asked about everything."""
+        try:
+            return item.stat(follow_symlinks=False).st_ctime_ns > self.git_asked_ns - TICK_NS
+        except OSError:
+            return False
 
     def lose(self, path: str) -> None:
         """Takes note that there is nothing to be replicated at a path. RACE: a root that is gone by now is
@@ -1207,8 +1224,9 @@ class Source:
             self.report.solved(directory, 'look')
             self.unlisted.discard(directory)
             self.left_out.enter(directory, found)
-            if top and self.left_out.git:       # it was just asked about all that is in the root
-                self.left_out.ask([path for path in found if path not in before])
+            if self.left_out.git:       # which was just asked about all there was, if we began at the root
+                self.left_out.ask([path for path, item in found.items()
+                                   if path not in before and (top or self.is_newer(item))])
             if choosy:
                 found = {path: item for path, item in found.items()
                          if not self.left_out(path, item.is_dir(follow_symlinks=False))}
@@ -1326,6 +1344,11 @@ def forget_time(tree: Tree, path: str) -> None:
         tree.put(path, directory._replace(mtime_ns=None))
 
 
+def is_another(there: Entry, here: Entry) -> bool:
+    """Whether what stands here is known not to be what was sent from here, but something in its place."""
+    return there.inode is not None and here.inode is not None and there.inode != here.inode
+
+
 def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True) -> List[Step]:
     """The steps that make `remote` equal to `local` at these paths, in the order they must be taken; `remote`
     is changed as they will change it. A hint of CONTENT has a file sent even if size and time are the same,
@@ -1354,6 +1377,7 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True) 
 
     paths = dict(hints)
     gone: Set[str] = set()
+    replaced: Set[str] = set()          # what stood there may have moved
     for path in hints:
         above = parent(path)            # has to be there before it
         while (path and above not in paths and not remote.is_directory(above)
@@ -1366,8 +1390,10 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True) 
             gone.update(below for below in remote.below(path))
             if here is None:
                 gone.add(path)
+        elif there is not None and is_another(there, here):
+            replaced.add(path)
     movable: Dict[Tuple[int, int], str] = {}
-    for path in gone if delete else ():
+    for path in gone | replaced if delete else ():
         there = remote.get(path)
         if there is not None and there.inode is not None:
             movable[there.inode] = path
@@ -1426,7 +1452,7 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True) 
             take('rmdir', path, None)
             there = None
         if (there is None or there.kind != here.kind or there.target != here.target or there.size != here.size
-                or here.kind == 'f' and (paths[path] == CONTENT
+                or here.kind == 'f' and (paths[path] == CONTENT or is_another(there, here)
                                          or not same_time(there.mtime_ns, here.mtime_ns)
                                          and (paths[path] != META or there.mtime_ns is None))):
             take({'f': 'file', 'l': 'link'}[here.kind], path, here)
@@ -1467,12 +1493,12 @@ def believe(listed: Iterable[Tuple[str, Entry]], local: Tree, known: Optional[Tr
         if parent(path) not in remote.inside:
             continue                    # what is above is not ours
         here = local.get(path)
-        if here is not None:
+        before = known.get(path) if known else None
+        if here is not None and (before is None or not is_another(before, here)):
             if here[:5] == entry[:5] or (same_time(entry.mtime_ns, here.mtime_ns)
                                          and here[:5] == entry._replace(mtime_ns=here.mtime_ns)[:5]):
                 entry = here
         elif path:
-            before = known.get(path) if known else None
             if before is None and not ours(path, entry):
                 continue
             if before is not None and before.kind == entry.kind and (
@@ -1568,8 +1594,8 @@ def script(members: Iterable[Member], fine: bool) -> bytes:
             if data.startswith(b'-'):
                 data = b'\\055' + data[1:]
             lines.append(b"printf '%s' >%s || failed=1\n" % (data, quoted))
-        if entry.mode != {'d': 0o755, 'f': 0o644, 'l': 0o777}[entry.kind]:
-            groups.setdefault(b'chmod %04o' % entry.mode, []).append(quoted)
+        if entry.mode != {'f': 0o644, 'l': 0o777}.get(entry.kind):     # a directory may inherit setgid
+            groups.setdefault(b'chmod %05o' % entry.mode, []).append(quoted)
         if entry.mtime_ns is not None:
             when = seconds_of(entry.mtime_ns, fine).encode()
             groups.setdefault(b'"$touch" -h -d @' + when, []).append(quoted)
@@ -1644,7 +1670,8 @@ class Connection:
         self.staging = '.file_replicator.' + self.nonce
         self.end = (self.nonce + '.\n').encode()
         self.milestone = re.compile(('%s (?:(ready)(\r?)|listed|stop (.*))\n' % self.nonce).encode())
-        self.answer = re.compile(self.nonce + r' (?:(\d+) ([0-3])|\+ (.*)|stop (.*))$')
+        # not where somebody says the name of the staging
+        self.answer = re.compile(r'(?<!_replicator\.)%s (?:(\d+) ([0-3])|\+ (.*)|stop (.*))$' % self.nonce)
         self.out: Deque[Any] = collections.deque()      # memoryviews and FileSlices
         self.flight: Deque[Sent] = collections.deque()
         self.number = self.bytes_in_flight = 0
@@ -1883,7 +1910,8 @@ class Connection:
 
     def sums(self) -> Tuple[str, Dict[str, str]]:
         """The tool the far side's sums are made with ('-' for none), and path: sum."""
-        tool, *lines = next((line[5:] for line in self.listing if line.startswith('sums ')), '-').split('\n')
+        text = next((line[5:] for line in self.listing if line.startswith('sums ')), '-')
+        tool, *lines = re.split(r'\n(?=\\?[0-9a-f]{32,}  \./|$)', text)     # a name may hold a newline
         found = {}
         for line in lines:
             value, _, path = line.partition('  ')
@@ -2328,8 +2356,8 @@ class Replica:
             elif step.verb == 'move':
                 for path in [step.path, *self.remote.below(step.path)]:
                     self.still_there(step.detail + path[len(step.path):])
-            elif step.verb == 'file':
-                self.source.hint(step.path, CONTENT)
+            if step.verb == 'file' or step.verb == 'move' and step.before is not None:
+                self.source.hint(step.path, CONTENT)        # what stood there may look the same
         self.known = self.known or self.remote
         for path, why in itertools.chain(self.taking.items(), self.waiting.items()):
             if why == CONTENT:
@@ -2999,8 +3027,8 @@ class Retry:
             if len(self.taken) > 2:
                 raise Stop('another file_replicator replicates to %s: end one of them'
                            % shown(self.options.destination))
-        if self.since and now - self.since > 5:
-            self.delay = 0.0
+        if not self.lost and now - self.since > 5:
+            self.delay = 0.0            # it had lasted
         if isinstance(why, Drifted):
             self.report.warn('the replica was changed over there (%s): comparing again' % why)
         elif not self.lost:
