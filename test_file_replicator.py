@@ -1244,6 +1244,15 @@ def test_a_file_that_is_always_being_written_to_arrives_all_the_same(shared_watc
     shared_watch.equal(at='busy')
 
 
+def test_a_file_that_is_being_written_is_not_sent_at_each_write_and_a_new_one_not_before_it_is_whole(shared_watch):
+    write(os.path.join(shared_watch.source, 'slow', 'known'))
+    shared_watch.equal(at='slow')
+    shared_watch.sh('cd slow; for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do echo $i; sleep 0.1; done | tee known >new')
+    shared_watch.equal(at='slow')
+    sent = re.findall(r'sent slow/(\w+) ', shared_watch.run.out())
+    assert sent.count('new') == 1 and sent.count('known') <= 4, sent
+
+
 def test_directories_made_and_filled_at_once_are_not_missed(shared_watch):
     shared_watch.sh(
         'for i in $(seq 80); do mkdir -p race/$i/b/c && echo $i >race/$i/b/c/f && echo $i >race/$i/f; done')
@@ -3667,6 +3676,46 @@ def test_a_fresh_edit_goes_before_the_backlog(tmp_path, monkeypatch, most, befor
         assert len(os.listdir(far + '/src/backlog')) < before
 
 
+@pytest.mark.parametrize('change', ['rm a', 'mv a b', 'rm -r d', 'mv d e'])
+def test_what_was_about_to_go_when_the_connection_ended_goes_all_the_same(tmp_path, change):
+    source, far, shims = str(tmp_path / 'src'), str(tmp_path / 'far'), tmp_path / 'shims-dash'
+    write(source + '/a', 'data')
+    write(source + '/d/in', 'data')
+    os.mkdir(far)
+    connect = shell_command(tmp_path, 'dash')
+    for tool in ('rm', 'rmdir', 'mv'):
+        fault_command(shims, tool, '#!/bin/sh\n[ ! -e {0}/stuck ] || {{ : >{0}/hit; exec sleep 30 >/dev/null 2>&1; }}\nexec {1} "$@"\n'.format(
+            tmp_path, need(tool)))
+    with Running(tmp_path, source, far, *connect) as running:
+        write(str(tmp_path / 'stuck'))
+        subprocess.run(['sh', '-c', change], cwd=source, check=True)
+        until(lambda: (tmp_path / 'hit').exists(), 10, running.log)
+        running.cut()
+        os.unlink(str(tmp_path / 'stuck'))
+        until_equal(source, far + '/src', running=running)
+
+
+def test_what_failed_but_was_done_all_the_same_goes_when_it_goes_here(tmp_path):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    connect = shell_command(tmp_path, 'dash')
+    os.mkdir(source)
+    fault_command(tmp_path / 'shims-dash', 'mv', '#!/bin/sh\n%s "$@"\ncase $* in *bad*) exit 1; esac\n' % need('mv'))
+    with Running(tmp_path, source, far, *connect) as running:
+        write(source + '/bad', 'data')
+        running.says('bad: ')
+        os.unlink(source + '/bad')
+        until_equal(source, far + '/src', running=running)
+
+
+def test_a_connection_that_ends_in_the_midst_of_the_first_look_makes_it_look_again(tmp_path):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    for number in range(2000):
+        write('%s/%d/f' % (source, number))
+    once('--wait', '--no-replicate-on-change', source, far, 'sh', '-c', '[ -e "$0" ] || { : >"$0"; exit 1; }; exec bash',
+         str(tmp_path / 'tried'))
+    assert not difference(source, far + '/src')
+
+
 def test_what_changes_all_the_time_is_sent_as_often_as_the_far_side_can_follow(tmp_path):
     source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
     write(source + '/log', '')
@@ -4234,6 +4283,21 @@ def test_a_dry_run_changes_nothing_and_counts_what_would_be_removed(tmp_path):
     done = once('--clean-out-first', '--dry-run', source, far, 'bash')
     assert re.search(r'would (remove|empty)[^\n]*\b8\b', done.stdout) or done.stdout.count('would remove') == 8, done.stdout
     assert tree_of(far) == before
+
+
+def test_without_proc_another_file_system_is_known_by_its_number(fault_open):
+    """Nothing in it is removed, and nothing is renamed into it from elsewhere: that would be no rename."""
+    source, root = fault_open + '/src', busybox_root(fault_open + '/root')
+    for number in range(5):
+        write('%s/mounted/%d' % (source, number))
+    os.makedirs(root + '/srv/src/mounted')
+    os.makedirs(root + '/srv/src/other')
+    with fault_tmpfs(root + '/srv/src/mounted', 'size=1m'), fault_tmpfs(root + '/srv/src/other', 'size=1m'):
+        write(root + '/srv/src/other/file', 'stays')
+        done = once('--mirror', '--no-replicate-on-change', '--debugging', source, '/srv', need('chroot'), root, '/bin/sh',
+                    expect=None)
+        assert fault_holds(root + '/srv', 'src/other/file', b'stays')
+        assert len(os.listdir(root + '/srv/src/mounted')) == 5 and 'record bulk' not in done.stderr
 
 
 @fault_in_each_shell
