@@ -3037,7 +3037,8 @@ def test_a_run_cut_after_every_nth_byte_is_repaired_even_if_the_repair_is_cut_to
     fault_together(list(enumerate(places)), cut)
 
 
-def test_a_watching_run_cut_at_any_byte_of_any_record_repairs_itself(tmp_path):
+def test_a_watching_run_cut_at_any_byte_of_any_record_repairs_itself(tmp_path, monkeypatch):
+    fault_other_number(monkeypatch, tmp_path, 'self.delay = min(5.0, ', 'self.delay = min(0.3, ')
     source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
     replica = far + '/src'
     os.mkdir(far)
