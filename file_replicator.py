@@ -570,6 +570,7 @@ class Entry(NamedTuple):
     mtime_ns: Optional[int] = None      # None: not known, so different from any
     target: str = ''            # where a link leads
     inode: Optional[Tuple[int, int]] = None     # device and inode here; None: seen only over there
+    ctime_ns: int = 0           # when anything of it last changed here
 
 
 UNKNOWN = Entry('?')
@@ -878,7 +879,7 @@ def entry_of(status: os.stat_result) -> Entry:
     mode = status.st_mode
     kind = KINDS.get(mode & 0o170000, 's')
     return Entry(kind, mode & 0o7777, status.st_size if kind == 'f' else 0, status.st_mtime_ns, '',
-                 (status.st_dev, status.st_ino))
+                 (status.st_dev, status.st_ino), status.st_ctime_ns)
 
 
 class Watch:
@@ -1345,8 +1346,10 @@ def forget_time(tree: Tree, path: str) -> None:
 
 
 def is_another(there: Entry, here: Entry) -> bool:
-    """Whether what stands here is known not to be what was sent from here, but something in its place."""
-    return there.inode is not None and here.inode is not None and there.inode != here.inode
+    """Whether what stands here is known not to be what was sent from here, but something in its place. The
+    inode alone tells nothing: there are file systems that number a file anew."""
+    return (there.inode is not None and here.inode is not None and there.inode != here.inode
+            and there.ctime_ns != here.ctime_ns)
 
 
 def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True) -> List[Step]:
@@ -1505,7 +1508,8 @@ def believe(listed: Iterable[Tuple[str, Entry]], local: Tree, known: Optional[Tr
                     entry.kind == 'd'
                     or before.size == entry.size and same_time(entry.mtime_ns, before.mtime_ns)):
                 same = same_time(entry.mtime_ns, before.mtime_ns)
-                entry = entry._replace(inode=before.inode, mtime_ns=(before if same else entry).mtime_ns)
+                entry = entry._replace(inode=before.inode, ctime_ns=before.ctime_ns,
+                                       mtime_ns=(before if same else entry).mtime_ns)
         remote.put(path, entry)
     return remote
 
@@ -2438,7 +2442,9 @@ class Replica:
         size = sum(map(bulk_size, entries.values()))
         self.report.expect(entries.values())
         if (len(changed) > BULK_PATHS or size > BULK_BYTES * 4) and not self.options.dry_run:
-            first = {path: why for path, why in changed.items() if entries[path] is None}
+            first = {path: why for path, why in changed.items()     # what went, and what may have moved
+                     if entries[path] is None or entries[path].kind == 'd'
+                     and is_another(remote.get(path) or UNKNOWN, entries[path])}
             movable = {remote.get(below).inode for path in first if remote.get(path) is not None
                        for below in (path, *remote.below(path))} - {None}
             for path, here in entries.items() if movable else ():

@@ -367,7 +367,7 @@ def random_entry(rng, inode, kinds='fffdddl'):
     kind = rng.choice(kinds)
     return fr.Entry(kind, 0o777 if kind == 'l' else rng.choice([0o644, 0o755, 0o600, 0o555]),
                     rng.choice([0, 1, 5]) if kind == 'f' else 0, rng.choice(TIMES),
-                    rng.choice(['x', 'y']) if kind == 'l' else '', inode)
+                    rng.choice(['x', 'y']) if kind == 'l' else '', inode, inode[1] if inode else 0)
 
 
 def random_local(rng):
@@ -427,14 +427,14 @@ def all_paths(*trees):
 
 
 def listing_of(tree):
-    return {path: tree.get(path)._replace(inode=None) for path in ['', *tree.below('')]}
+    return {path: tree.get(path)._replace(inode=None, ctime_ns=0) for path in ['', *tree.below('')]}
 
 
 def assert_same_trees(there, here):
     assert set(listing_of(there)) == set(listing_of(here))
     for path, entry in listing_of(here).items():
         other = there.get(path)
-        assert other._replace(inode=None, mtime_ns=0) == entry._replace(mtime_ns=0), path
+        assert other._replace(inode=None, ctime_ns=0, mtime_ns=0) == entry._replace(mtime_ns=0), path
         assert fr.same_time(other.mtime_ns, entry.mtime_ns), (path, other, entry)
 
 
@@ -1400,11 +1400,12 @@ def test_a_renamed_directory_is_not_sent_again(change, tmp_path):
         assert 'renamed d' in watched.run.out()
 
 
-def test_a_directory_that_is_exchanged_for_another_is_not_sent_again(tmp_path):
+@pytest.mark.parametrize('size', [25000, 250000], ids=['small', 'large'])
+def test_a_directory_that_is_exchanged_for_another_is_not_sent_again(tmp_path, size):
     def prepare(source):
         for number in range(50):
             for name in ('app', 'app.new'):
-                write(os.path.join(source, name, 'sub', str(number)), os.urandom(25000), mtime_ns=10**18)
+                write(os.path.join(source, name, 'sub', str(number)), os.urandom(size), mtime_ns=10**18)
     count = tmp_path / 'count'
     with Watched(tmp_path, words=counting(['bash'], count), prepare=prepare) as watched:
         before = count.stat().st_size
