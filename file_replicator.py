@@ -100,6 +100,9 @@ leave() {
   exit 0
 }
 
+# Removes what this session made on the way. What stayed would come among what is made next.
+scrap() { rm -rf "$@" || stop "cannot remove its own files"; }
+
 # Sets p to the path that comes next. A line that ends in / goes on in the next one: that is how a name holds
 # a newline, since no path we are sent ends in /.
 get() {
@@ -173,15 +176,18 @@ clear_way() { [ ! -d "$1" ] || if [ -h "$1" ]; then rm -f "$1"; else rmdir "$1";
 # Makes way at $1 for what could not be put there: busybox's mv replaces no link that it cannot follow.
 clear_link() { [ ! -h "$1" ] || rm -f "$1"; }
 
-# Puts the staged $1 at $2, in one rename. A file that is a mount point cannot be renamed over: it is written.
+# Puts $temp at $1, in one rename. A file that is a mount point cannot be renamed over: it is written.
 put() {
-  clear_way "$2" || { rm -f "$1"; return 1; }
-  mv -f "$1" "$2" 2>/dev/null && return
-  clear_link "$2"
-  said=$(mv -f "$1" "$2" 2>&1) && return
-  case $said in *[Bb]usy*) [ -f "$2" ] && [ ! -h "$2" ] && cat "$1" >"$2" && rm -f "$1" && return ;; esac
-  echo "$said"
-  rm -f "$1"
+  if clear_way "$1"; then
+    mv -f "$temp" "$1" 2>/dev/null && return
+    clear_link "$1"
+    said=$(mv -f "$temp" "$1" 2>&1) && return
+    case $said in
+      *[Bb]usy*) [ -f "$1" ] && [ ! -h "$1" ] && cat "$temp" >"$1" && scrap "$temp" && return ;;
+    esac
+    echo "$said"
+  fi
+  scrap "$temp"
   return 1
 }
 
@@ -203,10 +209,10 @@ do_file() {
   solid "$1" || { skip; return 2; }
   umask "$w1"
   temp=${1%/*}/$mark
-  if [ "$w4" = - ]; then store "$temp"; else mv -f "$stage/$w4" "$temp"; fi || { rm -f "$temp"; return 1; }
+  if [ "$w4" = - ]; then store "$temp"; else mv -f "$stage/$w4" "$temp"; fi || { scrap "$temp"; return 1; }
   refused=0
   [ "$w2" = - ] || chmod "$w2" "$temp" || refused=3
-  put "$temp" "$1" || return 1
+  put "$1" || return 1
   stamp - "$w3" "$1" || refused=3
   return $refused
 }
@@ -259,7 +265,7 @@ do_dir() {
 do_link() {
   solid "$2" || return 2
   temp=${2%/*}/$mark
-  ln -s -- "${1%.}" "$temp" && put "$temp" "$2" || return 1
+  ln -s -- "${1%.}" "$temp" && put "$2" || return 1
   stamp - "$w1" "$2" || return 3
 }
 
@@ -316,14 +322,14 @@ do_bulk() {
     store "$stage/s" && (cd "$stage" && failed=0 && . ./s && [ "$failed" = 0 ])
     took=$?
   fi
-  [ "$took" = 0 ] || { rm -rf "$stage/b" "$stage/s"; return 1; }
+  [ "$took" = 0 ] || { scrap "$stage/b" "$stage/s"; return 1; }
   number=0 failed=0
   for p; do
     number=$((number + 1))
     made=$stage/b/$number
     { into "$p" "$made"/* && into "$p" "$made"/.[!.]* && into "$p" "$made"/..?*; } || failed=1
   done
-  rm -rf "$stage/b" "$stage/s"
+  scrap "$stage/b" "$stage/s"
   return $failed
 }
 
@@ -337,7 +343,7 @@ into() {
 # hook: runs the command the session was given for it; its standard input is the bytes of this record, not the
 # stream.
 do_hook() {
-  rm -f "$stage/hook"
+  scrap "$stage/hook"
   store "$stage/hook" || return 1
   (trap - 0 HUP INT TERM PIPE; unset FILE_REPLICATOR; umask 022; exec sh -c "$hook" <"$stage/hook") && return
   echo "it ended with status $?"

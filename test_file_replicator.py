@@ -2674,6 +2674,31 @@ def test_a_far_side_that_refuses_a_tool_says_so_and_the_bytes_arrive(tmp_path, s
             until_equal(source, replica, FAULT_ROOM_SECONDS, running=running)
 
 
+@pytest.mark.parametrize('shell', ['bash', 'dash', 'mksh'])
+@pytest.mark.parametrize('many', [False, True], ids=['one file', 'many'])
+def test_what_a_failed_record_left_does_not_come_among_what_is_sent_next(tmp_path, shell, many):
+    """Neither mv nor rm can be started for a while: nothing gets to its place, and nothing is cleared up."""
+    source, far, bad = str(tmp_path / 'src'), str(tmp_path / 'far'), str(tmp_path / 'bad')
+    connect = shell_command(tmp_path, shell)
+    for tool in ('mv', 'rm'):
+        fault_command(tmp_path / ('shims-' + shell), tool, '#!/bin/sh\nif [ -e %s ]; then echo "no memory" >&2; exit 1; fi\n'
+                      'exec %s "$@"\n' % (bad, need(tool)))
+    os.makedirs(source + '/d/e')
+    os.mkdir(far)
+    with Running(tmp_path, source, far, *connect) as running:
+        until_equal(source, far + '/src', running=running)
+        write(bad)
+        for name, above in (('first', '/d/'), ('second', '/d/e/' if many else '/d/')):
+            for number in range(20 if many else 1):
+                write(str(tmp_path) + '/made/%s/%d' % (name, number), name)
+            whole, part = str(tmp_path) + '/made/' + name, '' if many else '/0'
+            os.rename(whole + part, source + above + name)
+            until(lambda: 'no memory' in running.err(), 20, running.log)
+            if os.path.exists(bad):
+                os.remove(bad)
+        until_equal(source, far + '/src', FAULT_ROOM_SECONDS, running=running)
+
+
 @pytest.mark.parametrize('tar', [True, False], ids=['tar', 'no tar'])
 def test_directories_inherit_no_setgid_over_there(tmp_path, tar):
     source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
