@@ -480,6 +480,7 @@ main() {
     exec sh -c "$1" -
   fi
   nonce=$2 root=$3 flags=$4 hook=$5
+  [ ! -t 0 ] || stop "the connection goes through a terminal, which changes bytes; leave out -t"
   [ "$6" = - ] || end_session "$6"
   FILE_REPLICATOR=$nonce
   export FILE_REPLICATOR
@@ -675,13 +676,13 @@ def pattern_regex(pattern: str) -> Tuple[Pattern, bool]:
             return special.get(found[0]) or re.escape(found[0])
         ranges = re.findall('(?s)(.)-(.)|(.)', found[2])
         if '[:' in found[2] or any(low > high for low, high, _ in ranges):
-            raise ValueError('[%s] is no range' % found[2])
+            raise ValueError('[%s] is neither a list nor a range' % found[2])
         return '(?!/)[%s%s]' % ('^' * bool(found[1]), ''.join(
             re.escape(one) or re.escape(low) + '-' + re.escape(high) for low, high, one in ranges))
 
     body = pattern.strip('/')
-    if not body:
-        raise ValueError('an empty pattern')
+    if not body or {'.', '..'}.intersection(body.split('/')):
+        raise ValueError('it is empty, or has a . or .. in it, which no path here has')
     # a **/ that begins a name, others, and a class, whose first character may be ]
     out = re.sub(r'(?s)(?<![^/])\*\*/|\*\*|\[([!^]?)(.[^]]*)\]|.', expression, body)
     anchored = '/' in pattern.rstrip('/')
@@ -689,16 +690,13 @@ def pattern_regex(pattern: str) -> Tuple[Pattern, bool]:
 
 
 @functools.lru_cache(maxsize=None)
-def empty_repository() -> str:
+def empty_repository() -> Any:
     """Git reads a .gitignore only where there is a repository: this is one, elsewhere, until we end."""
-    import atexit
-    import shutil
     import tempfile
-    top = tempfile.mkdtemp(prefix='file_replicator.git.')
-    atexit.register(shutil.rmtree, top, True)
+    top = tempfile.TemporaryDirectory(prefix='file_replicator.git.')
     for name in ('objects', 'refs'):
-        os.mkdir(os.path.join(top, name))
-    with open(os.path.join(top, 'HEAD'), 'w') as file:
+        os.mkdir(os.path.join(top.name, name))
+    with open(os.path.join(top.name, 'HEAD'), 'w') as file:
         file.write('ref: refs/heads/none\n')
     return top
 
@@ -732,7 +730,7 @@ class Git:
         return ''
 
     def use_empty_repository(self) -> None:
-        self.environment.update(GIT_DIR=empty_repository(), GIT_WORK_TREE=self.top)
+        self.environment.update(GIT_DIR=empty_repository().name, GIT_WORK_TREE=self.top)
 
     def run(self, *words: str, given: bytes = b'') -> bytes:
         try:
@@ -1321,7 +1319,7 @@ def recover(tree: Tree, answers: List[Tuple[List[Step], int]]) -> None:
     """Brings a tree to which all these steps were applied to what became of them, from the first that failed
     on: what was planned in the belief that it was taken may have failed for that, or have been taken where
     something else stood. So all is taken back, and what was done is done again. What may be half done is
-    UNKNOWN; what was to be removed is taken to stand."""
+    UNKNOWN; what was to be removed is taken to stand, in which state nobody knows."""
     for steps, _ in reversed(answers):
         for step in reversed(steps):
             take_back(tree, step)
@@ -1335,9 +1333,12 @@ def recover(tree: Tree, answers: List[Tuple[List[Step], int]]) -> None:
             elif code == 1 and step.verb != 'meta':
                 if step.verb not in ('remove', 'rmdir'):
                     tree.put(path, UNKNOWN)
+                elif there is not None:         # or not: of several, some may have gone
+                    tree.put(path, there._replace(mtime_ns=None, inode=None))
                 if step.verb == 'move':         # perhaps to another file system: all is sent, not renamed
                     for each in [step.detail, *tree.below(step.detail)]:
-                        tree.put(each, (tree.get(each) or UNKNOWN)._replace(inode=None))
+                        tree.put(each, (tree.get(each) or UNKNOWN)._replace(mtime_ns=None, inode=None))
+                        tree.put(path + each[len(step.detail):], UNKNOWN)
             else:
                 apply(tree, step)
                 if code:                        # but for its mode or time, which no entry has
@@ -1846,7 +1847,7 @@ class Connection:
             since = 0
             if found[3] is not None:
                 self.said = lines_of(before)
-                raise Lost(found[3].decode() + self.what_was_said())
+                raise Lost(found[3].decode().strip() + self.what_was_said())
             if found[1]:
                 self.phase = 'listing'
             else:
@@ -2146,7 +2147,7 @@ class Report:
             self.line('in step' if not excused else
                       'in step, but for %d paths that differed at the start' % excused)
         elif set(self.problems) != self.told:
-            self.warn('not in step: %d paths could not be replicated' % len(self.problems))
+            self.warn('not in step: for the reasons above, %d paths could not be replicated' % len(self.problems))
         self.told = set(self.problems)
         self.flush()
 
@@ -2979,15 +2980,12 @@ def keep_in_step(options: Options, source: Source, replica: Replica, hooks: Hook
     poll_seconds = options.poll or POLL_SECONDS
     next_look = time.monotonic() + poll_seconds
     while True:
-        now = time.monotonic()
-        wait = source.due(now)
-        if options.watch and source.watch.fd is None:
-            if source.watch.why_not:
-                report.notice('', 'is looked at every %g seconds: %s' % (poll_seconds, source.watch.why_not))
-            if now >= next_look:
-                source.hint_everything()
-                next_look = now + poll_seconds
-            wait = min(next_look - now, wait if wait is not None else 1e9)
+        polled = options.watch and source.watch.fd is None
+        if polled and source.watch.why_not:
+            report.notice('', 'is looked at every %g seconds: %s' % (poll_seconds, source.watch.why_not))
+        if polled and time.monotonic() >= next_look:
+            source.hint_everything()
+            next_look = time.monotonic() + poll_seconds
         busy = False
         if not replica.answers:         # else it has to be known first what became of what was sent
             if (source.hints or source.rules_changed) and not replica.far.is_crowded():
@@ -3005,6 +3003,10 @@ def keep_in_step(options: Options, source: Source, replica: Replica, hooks: Hook
                 hooks.queue.join()
                 replica.far.at_rest = True
                 return
+        now = time.monotonic()
+        wait = source.due(now)          # only now: the above may have put off something
+        if polled:
+            wait = min(next_look - now, wait if wait is not None else 1e9)
         more = (source.hints or source.rules_changed and not source.gone) and not (
             replica.answers or replica.far.is_crowded())
         replica.far.turn(0 if busy or more else wait, source.watch.fd)
@@ -3186,14 +3188,18 @@ def parse(argv: Sequence[str]) -> Options:
         parser.error('needs SRC_DIR, DEST_PARENT_DIR and CONNECTION_COMMAND; see --help')
     if given.no_delete and (given.mirror or given.clean_out):
         parser.error('--no-delete goes neither with --mirror nor with --clean-out-first')
+    if given.clean_out and not given.initial:
+        parser.error('--clean-out-first does not go with --no-initial-replication')
     source = os.path.abspath(places[0])
     name = os.path.basename(source)
     if not os.path.isdir(source):
         parser.error('SRC_DIR %s is no directory' % shown(places[0]))
     if not name:
-        parser.error('SRC_DIR %s has no name that the replica could have' % shown(places[0]))
+        parser.error('SRC_DIR %s cannot be replicated: the replica is named as it is, and it has no name'
+                     % shown(places[0]))
     if not places[1].startswith('/'):
-        parser.error('DEST_PARENT_DIR %s is not absolute, and the far side begins nowhere' % shown(places[1]))
+        parser.error('DEST_PARENT_DIR %s is not absolute: it has to begin with / (and ~ is not known)'
+                     % shown(places[1]))
     given.source, given.destination, given.command = source, places[1].rstrip('/') + '/' + name, command
     given.watch = given.watch and not given.dry_run
     return given
