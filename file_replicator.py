@@ -875,6 +875,7 @@ class LeftOut:
 
 KINDS = {stat.S_IFREG: 'f', stat.S_IFDIR: 'd', stat.S_IFLNK: 'l'}  # all else is 's': a socket, FIFO or device
 TICK_NS = 50 * 10**6            # by which the time of a file may lag behind the clock, at most
+RULES = '.gitignore', 'exclude', 'index'        # of git's own directory, and of those above the root
 LOOKS = 10                      # in a row, while there are new events, before what was seen is sent
 
 
@@ -1022,7 +1023,7 @@ class Source:
                 self.hint_everything()
                 continue
             if directory.startswith('\0'):          # git's own directory, or one above the root
-                self.rules_changed = self.rules_changed or name in ('index', 'exclude', '.gitignore')
+                self.rules_changed = self.rules_changed or name in RULES
                 continue
             if name in ('.gitignore', '.git') and self.left_out.ask_git:
                 self.rules_changed = True
@@ -1044,10 +1045,9 @@ class Source:
                 self.hint(path, CONTENT)
             elif comes_or_goes and not mask & flags.CREATE:
                 self.hint(path, LOOK)
-            elif mask & (flags.MODIFY | flags.CREATE):
-                self.hint(path, CONTENT, QUIET_SECONDS, OPEN_SECONDS if self.tree.get(path) else NEW_SECONDS)
-            elif path in self.later and not is_directory:
-                self.hint(path, META, QUIET_SECONDS, OPEN_SECONDS)
+            elif mask & (flags.MODIFY | flags.CREATE) or path in self.later and not is_directory:
+                self.hint(path, CONTENT if mask & (flags.MODIFY | flags.CREATE) else META, QUIET_SECONDS,
+                          OPEN_SECONDS if self.tree.get(path) else NEW_SECONDS)
             else:
                 self.hint(path, META)
 
@@ -1068,7 +1068,7 @@ class Source:
     def ask_git(self) -> None:
         """Has git say anew what is left out. What became so goes from the tree, but stays at the replica,
         untouched: see `forgotten`. RACE: a rule that changes between that and the watch on where it stands
-        is noticed by its time (see `see`); but for git's own index: then by its next change."""
+        is noticed by its time, here and in `see`."""
         if not os.path.isdir(self.root):
             return
         self.rules_changed = False
@@ -1081,8 +1081,12 @@ class Source:
             self.hints[''] = CONTENT
         for git in self.left_out.git.values():
             own = [git.directory, os.path.join(git.directory, 'info'), *git.above] if git.directory else []
-            for directory in own:
+            for directory, name in itertools.product(own, RULES):
                 self.watch.follow('\0' + directory, directory)
+                with contextlib.suppress(OSError):
+                    changed_ns = os.stat(os.path.join(directory, name)).st_ctime_ns
+                    if -TICK_NS < changed_ns - self.git_asked_ns < time.time_ns() - self.git_asked_ns + TICK_NS:
+                        self.rules_changed = True
 
     def look(self) -> Dict[str, int]:
         """Looks at all hints. Returns the paths where something is to be compared, and why; each path that
@@ -1162,7 +1166,7 @@ class Source:
                 self.fresh.add(path)
             if path.endswith('.gitignore') and self.left_out.ask_git:
                 self.left_out.check_git(path)
-                self.rules_changed = self.rules_changed or entry.mtime_ns > self.git_asked_ns
+                self.rules_changed = self.rules_changed or entry.ctime_ns > self.git_asked_ns - TICK_NS
         before = self.tree.get(path)
         if before != entry:
             self.changed.setdefault(path, LOOK)
@@ -2664,10 +2668,13 @@ class Replica:
                 if not stat.S_ISREG(status.st_mode) or status.st_size > BULK_BYTES:
                     self.source.hint(path, CONTENT)
                     return None
-                if len(data) == size == status.st_size and mtime_ns == status.st_mtime_ns:
+                stands_still = size == status.st_size and mtime_ns == status.st_mtime_ns
+                if stands_still and len(data) == size:
                     break
                 size, mtime_ns = status.st_size, status.st_mtime_ns
             else:       # it never stands still: this is as good as any, and it will be sent again
+                if stands_still:
+                    raise OSError(errno.EIO, 'it does not hold as many bytes as it says')
                 data = data[:size]
                 self.source.hint(path, CONTENT, QUIET_SECONDS, OPEN_SECONDS)
             if attempt:
