@@ -3562,6 +3562,28 @@ def test_what_cannot_be_read_is_named_and_nothing_of_it_is_removed(tmp_path, fau
             os.chmod(os.path.join(source, name), 0o755)
 
 
+def test_a_large_file_that_the_disk_cannot_read_to_its_end_is_named_and_what_stood_there_stays(fault_open):
+    fault_root()
+    source, replica, disk = fault_open + '/src', fault_open + '/far/src', fault_open + '/disk'
+    write(disk + '.d/new', FAULT_BIG[:3000000])
+    write(disk + '.d/patched', FAULT_BIG[:3000000])
+    write(disk + '.d/fine', 'fine')
+    write(replica + '/patched', FAULT_BIG[9:3000000])           # of an earlier run
+    os.mkdir(source)
+    with open(disk, 'wb') as file:
+        file.truncate(16 << 20)
+    subprocess.run([need('mke2fs'), '-q', '-t', 'ext2', '-d', disk + '.d', disk], check=True)
+    for name in ('new', 'patched'):             # they are in no place from their thirteenth block on
+        words = 'set_inode_field /%s block[IND] 4000000000' % name
+        subprocess.run([need('debugfs'), '-w', '-R', words, disk], stderr=subprocess.DEVNULL, check=True)
+    subprocess.run(['mount', '-o', 'loop,ro', disk, source], check=True)        # fault_open unmounts it
+    done = once('--no-replicate-on-change', source, fault_open + '/far', 'bash', timeout=20, expect=1)
+    for name in ('new', 'patched'):
+        assert re.search('file_replicator: %s: cannot be read: .*error' % name, done.stderr), done.stderr
+    assert not os.path.lexists(replica + '/new') and fault_holds(replica, 'patched', FAULT_BIG[9:3000000])
+    assert fault_holds(replica, 'fine', b'fine') and 'in step' not in done.stdout
+
+
 def test_files_that_vanish_grow_shrink_and_turn_into_others_end_up_right(tmp_path):
     """Done so fast that many do it between our look and our reading."""
     source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
