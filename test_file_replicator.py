@@ -3619,18 +3619,26 @@ def test_files_that_vanish_grow_shrink_and_turn_into_others_end_up_right(tmp_pat
         assert running.connections() and 'lost' not in running.err()
 
 
-def test_a_large_file_that_changes_while_it_is_sent_once_ends_up_right(tmp_path):
-    """Nobody watches, so no event tells."""
+@pytest.mark.parametrize('change, times, sent', [('write', 1, 1), ('write', 3, 2), ('shrink', 3, 1)],
+                         ids=['once', 'each time it is sent', 'shorter each time it is sent'])
+def test_a_large_file_that_changes_while_it_is_sent_once_ends_up_right(tmp_path, change, times, sent):
+    """Nobody watches, so no event tells. It never takes its place with zeros for what is no more in it."""
     source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
-    write(source + '/large', FAULT_BIG[:3000000])
+    write(source + '/large', FAULT_BIG[:3600000])
     os.mkdir(far)
-    connect, controls = fault_relay(tmp_path, 'dash', slow=0.01)
+    connect, controls = fault_relay(tmp_path, 'dash', slow=0.003)
     with Running(tmp_path, '--no-replicate-on-change', source, far, *connect, wait=False) as running:
-        until(lambda: any(os.path.getsize(os.path.join(d, name)) for staged in fault_staging(far)
-                          for d, _, names in os.walk(staged) for name in names if name.startswith('part')), 20, running.log)
-        with open(source + '/large', 'r+b') as file:
-            file.write(b'changed')
+        for number in range(1, times + 1):
+            until(lambda: any(os.path.getsize(os.path.join(d, name)) for staged in fault_staging(far)
+                              for d, _, names in os.walk(staged) for name in names if name == 'part%d' % number),
+                  20, running.log)
+            if change == 'shrink':
+                os.truncate(source + '/large', 3600000 - number * 400000)
+            else:
+                with open(source + '/large', 'r+b') as file:
+                    file.write(b'changed %d' % number)
         assert running.process.wait(30) == 0 and not difference(source, far + '/src')
+        assert running.out().count('sent large') == sent
 
 
 def test_files_rewritten_all_the_time_do_not_keep_others_waiting_and_arrive_themselves(tmp_path):
