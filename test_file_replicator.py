@@ -1247,7 +1247,8 @@ def test_a_file_that_is_always_being_written_to_arrives_all_the_same(shared_watc
 def test_a_file_that_is_being_written_is_not_sent_at_each_write_and_a_new_one_not_before_it_is_whole(shared_watch):
     write(os.path.join(shared_watch.source, 'slow', 'known'))
     shared_watch.equal(at='slow')
-    shared_watch.sh('cd slow; for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do echo $i; sleep 0.1; done | tee known >new')
+    shared_watch.sh('cd slow; { for i in 1 2 3; do echo $i; sleep 0.1; chmod 640 new; done; '
+                    'for i in 4 5 6 7 8 9 10 11 12 13 14 15; do echo $i; sleep 0.1; done; } | tee known >new')
     shared_watch.equal(at='slow')
     sent = re.findall(r'sent slow/(\w+) ', shared_watch.run.out())
     assert sent.count('new') == 1 and sent.count('known') <= 4, sent
