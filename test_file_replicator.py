@@ -4852,6 +4852,17 @@ def test_what_comes_while_git_is_asked_is_left_out_as_what_was_there(tmp_path):
         assert option_paths(there) == ['.gitignore', 'a', 'd', 'd/b', 'new']
 
 
+def test_a_gitignore_that_changes_while_git_is_asked_is_taken_up(tmp_path):
+    source, there = option_source(tmp_path, 'a', 'd/late')
+    write(str(source / '.gitignore'), '*.o\n')
+    git_init(source)
+    slow = tmp_path / 'path' / 'git'
+    write(str(slow), '#!/bin/sh\n%s "$@"; status=$?\ncase $* in *--others*) cd %s; grep -q late .gitignore || { sleep 0.1; '
+          'echo late >>.gitignore; } ;; esac\nexit $status\n' % (need('git'), source), 0o755)
+    with option_watching(tmp_path, env={'PATH': '%s:%s' % (slow.parent, os.environ['PATH'])}) as running:
+        assert option_paths(there) == ['.gitignore', 'a', 'd'], running.log()
+
+
 def test_git_missing_where_a_gitignore_stands_is_a_clear_error(tmp_path):
     source, there = option_source(tmp_path, 'a', 'deep/b')
     env = option_path_without_git(tmp_path)
