@@ -1597,6 +1597,11 @@ def test_poll_looks_at_everything_at_an_interval(tmp_path):
     with Watched(tmp_path, '--poll', '0.2') as watched:
         polls(watched)
         assert 'inotify_simple' not in watched.run.err()
+        until(lambda: write('%s/once/%d' % (watched.source, time.monotonic_ns())) or os.path.isdir(watched.replica + '/once'))
+        for number in range(5):         # what changed just before a look is sent again by the next one, and no more
+            write('%s/look%d' % (watched.source, number))
+            watched.equal()
+        assert max(collections.Counter(re.findall(r'sent once/(\d+)', watched.run.out())).values()) < 3
 
 
 # ==== The connection ========================================================================================
@@ -3725,6 +3730,27 @@ def test_what_was_about_to_go_when_the_connection_ended_goes_all_the_same(tmp_pa
         until(lambda: (tmp_path / 'hit').exists(), 10, running.log)
         running.cut()
         os.unlink(str(tmp_path / 'stuck'))
+        until_equal(source, far + '/src', running=running)
+
+
+@pytest.mark.parametrize('count, size', [(1, 3000000), (120, 50000)], ids=['a large file', 'many files'])
+def test_bytes_that_changed_and_kept_size_and_time_arrive_though_the_connection_ends_before_it_is_their_turn(tmp_path, count, size):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    for number in range(count):
+        write('%s/%d' % (source, number), FAULT_BIG[:size], mtime_ns=10**18)
+    connect, controls = fault_relay(tmp_path, 'dash')
+    with Running(tmp_path, source, far, *connect) as running:
+        until_equal(source, far + '/src', running=running)
+        write(controls + '/slow', '0.01')
+        running.cut()
+        running.in_step(2)
+        running.process.send_signal(signal.SIGSTOP)     # so that it sees all at once
+        for number in range(count):
+            write('%s/%d' % (source, number), FAULT_BIG[-size:], mtime_ns=10**18)
+        running.process.send_signal(signal.SIGCONT)
+        until(lambda: any(glob.glob(d + '/part*') for d in fault_staging(far)) or running.out().count('sent 0') > 1, 20, running.log)
+        running.cut()
+        os.unlink(controls + '/slow')
         until_equal(source, far + '/src', running=running)
 
 
