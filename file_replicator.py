@@ -449,7 +449,6 @@ empty() { for p in * .[!.]* ..?*; do ! stands "./$p" || return 1; done; }
 main() {
   newline='
 '
-  IFS=" $newline"
   set +e +f +u +C
   LC_ALL=C
   export LC_ALL
