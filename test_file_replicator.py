@@ -2871,6 +2871,16 @@ def test_a_directory_that_holds_theirs_is_never_replaced_by_a_file(tmp_path, she
     assert open(far + '/src/other').read() == 'arrives' and not fault_staging(far)
 
 
+@pytest.mark.parametrize('other', ['echo theirs >d', 'ln -s . d'])
+def test_what_they_put_in_the_place_of_a_directory_goes_when_that_goes_here(tmp_path, other):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    os.makedirs(source + '/d')
+    with Running(tmp_path, source, far, 'dash') as running:
+        subprocess.run(['sh', '-c', 'rmdir d; ' + other], cwd=far + '/src', check=True)
+        os.rmdir(source + '/d')
+        until(lambda: not os.path.lexists(far + '/src/d'), 5, running.log)
+
+
 @fault_in_each_shell
 def test_what_is_gone_over_there_already_is_no_trouble_when_it_goes_here(tmp_path, shell):
     source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
