@@ -3744,7 +3744,7 @@ def test_what_was_about_to_go_when_the_connection_ended_goes_all_the_same(tmp_pa
 
 
 @pytest.mark.parametrize('count, size', [(1, 3000000), (120, 50000)], ids=['a large file', 'many files'])
-def test_bytes_that_changed_and_kept_size_and_time_arrive_though_the_connection_ends_before_it_is_their_turn(tmp_path, count, size):
+def test_bytes_that_changed_and_kept_size_and_time_arrive_though_the_connection_ends_before_their_turn(tmp_path, count, size):
     source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
     for number in range(count):
         write('%s/%d' % (source, number), FAULT_BIG[:size], mtime_ns=10**18)
@@ -3758,7 +3758,8 @@ def test_bytes_that_changed_and_kept_size_and_time_arrive_though_the_connection_
         for number in range(count):
             write('%s/%d' % (source, number), FAULT_BIG[-size:], mtime_ns=10**18)
         running.process.send_signal(signal.SIGCONT)
-        until(lambda: any(glob.glob(d + '/part*') for d in fault_staging(far)) or running.out().count('sent 0') > 1, 20, running.log)
+        until(lambda: any(glob.glob(d + '/part*') for d in fault_staging(far)) or running.out().count('sent 0') > 1,
+              20, running.log)
         running.cut()
         os.unlink(controls + '/slow')
         until_equal(source, far + '/src', running=running)
