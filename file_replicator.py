@@ -107,7 +107,7 @@ scrap() { rm -rf "$@" || stop "cannot remove its own files"; }
 # a newline, since no path we are sent ends in /.
 get() {
   p=
-  while IFS= read -r line || leave; do
+  while IFS= read -r line; do
     case $line in
       */) p=$p${line%/}$newline ;;
       *) p=$p$line; return ;;
@@ -218,26 +218,23 @@ do_file() {
 }
 
 # part SEEK NAME: the bytes go to the staged file NAME: make it (SEEK is +), to its end (-), or SEEK times 64
-# KiB into it. After a part that failed there is no such file, so neither the parts behind it nor the file can
-# succeed.
+# KiB into it. Once one failed the file is not asked for.
 do_part() {
   umask 077
   if [ "$w1" = + ]; then rm -f "$stage/$w2"; elif ! [ -f "$stage/$w2" ]; then skip; return 1; fi
   case $w1 in
-    [+-]) store "$stage/$w2" && return ;;
+    [+-]) store "$stage/$w2" ;;
     *) take "$length" | dd ibs=65536 obs=65536 seek="$w1" conv=notrunc of="$stage/$w2"
        took=$?
-       settle && [ "$took" = 0 ] && return ;;
+       settle && [ "$took" = 0 ] ;;
   esac
-  rm -f "$stage/$w2"
-  return 1
 }
 
 # base NAME BLOCKS SIZE BYTES: stages what stands at the path as NAME, BLOCKS blocks of SIZE bytes, BYTES in
 # all, and says each one's sum. The sums are of the bytes as they were staged, so a change over there
 # meanwhile cannot be patched wrongly; nor can what a full disk left out.
 do_base() {
-  solid "$1" && [ -f "$1" ] && [ ! -h "$1" ] || return 2
+  [ -f "$1" ] && [ ! -h "$1" ] || return 2
   umask 077
   blocks=$w2
   while [ "$blocks" -gt 0 ]; do
@@ -292,7 +289,7 @@ do_remove() {
 do_rmdir() {
   for p; do
     shift
-    if ! solid "$p" >/dev/null || ! stands "$p"; then continue; fi
+    solid "$p" >/dev/null || continue
     if [ -h "$p" ] || [ ! -d "$p" ]; then rm -f "$p" || return 1; else set -- "$@" "$p"; fi
   done
   [ $# = 0 ] || rmdir "$@"
@@ -458,7 +455,6 @@ empty() { for p in * .[!.]* ..?*; do ! stands "./$p" || return 1; done; }
 main() {
   newline='
 '
-  IFS=" $newline"
   set +e +f +u +C
   LC_ALL=C
   export LC_ALL
@@ -525,7 +521,6 @@ main() {
     [ "$code" -lt 4 ] || code=1         # of a tool that was killed, or is not there
     echo "$nonce $id $code"
   done
-  leave
 }
 '''
 

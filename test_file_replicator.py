@@ -1249,7 +1249,8 @@ def test_a_file_that_is_always_being_written_to_arrives_all_the_same(shared_watc
 def test_a_file_that_is_being_written_is_not_sent_at_each_write_and_a_new_one_not_before_it_is_whole(shared_watch):
     write(os.path.join(shared_watch.source, 'slow', 'known'))
     shared_watch.equal(at='slow')
-    shared_watch.sh('cd slow; for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do echo $i; sleep 0.1; done | tee known >new')
+    shared_watch.sh('cd slow; { for i in 1 2 3; do echo $i; sleep 0.1; chmod 640 new; done; '
+                    'for i in 4 5 6 7 8 9 10 11 12 13 14 15; do echo $i; sleep 0.1; done; } | tee known >new')
     shared_watch.equal(at='slow')
     sent = re.findall(r'sent slow/(\w+) ', shared_watch.run.out())
     assert sent.count('new') == 1 and sent.count('known') <= 4, sent
@@ -1598,6 +1599,11 @@ def test_poll_looks_at_everything_at_an_interval(tmp_path):
     with Watched(tmp_path, '--poll', '0.2') as watched:
         polls(watched)
         assert 'inotify_simple' not in watched.run.err()
+        until(lambda: write('%s/once/%d' % (watched.source, time.monotonic_ns())) or os.path.isdir(watched.replica + '/once'))
+        for number in range(5):         # what changed just before a look is sent again by the next one, and no more
+            write('%s/look%d' % (watched.source, number))
+            watched.equal()
+        assert max(collections.Counter(re.findall(r'sent once/(\d+)', watched.run.out())).values()) < 3
 
 
 # ==== The connection ========================================================================================
@@ -2894,6 +2900,16 @@ def test_a_directory_that_holds_theirs_is_never_replaced_by_a_file(tmp_path, she
     assert open(far + '/src/other').read() == 'arrives' and not fault_staging(far)
 
 
+@pytest.mark.parametrize('other', ['echo theirs >d', 'ln -s . d'])
+def test_what_they_put_in_the_place_of_a_directory_goes_when_that_goes_here(tmp_path, other):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    os.makedirs(source + '/d')
+    with Running(tmp_path, source, far, 'dash') as running:
+        subprocess.run(['sh', '-c', 'rmdir d; ' + other], cwd=far + '/src', check=True)
+        os.rmdir(source + '/d')
+        until(lambda: not os.path.lexists(far + '/src/d'), 5, running.log)
+
+
 @fault_in_each_shell
 def test_what_is_gone_over_there_already_is_no_trouble_when_it_goes_here(tmp_path, shell):
     source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
@@ -3594,6 +3610,28 @@ def test_what_cannot_be_read_is_named_and_nothing_of_it_is_removed(tmp_path, fau
             os.chmod(os.path.join(source, name), 0o755)
 
 
+def test_a_large_file_that_the_disk_cannot_read_to_its_end_is_named_and_what_stood_there_stays(fault_open):
+    fault_root()
+    source, replica, disk = fault_open + '/src', fault_open + '/far/src', fault_open + '/disk'
+    write(disk + '.d/new', FAULT_BIG[:3000000])
+    write(disk + '.d/patched', FAULT_BIG[:3000000])
+    write(disk + '.d/fine', 'fine')
+    write(replica + '/patched', FAULT_BIG[9:3000000])           # of an earlier run
+    os.mkdir(source)
+    with open(disk, 'wb') as file:
+        file.truncate(16 << 20)
+    subprocess.run([need('mke2fs'), '-q', '-t', 'ext2', '-d', disk + '.d', disk], check=True)
+    for name in ('new', 'patched'):             # they are in no place from their thirteenth block on
+        words = 'set_inode_field /%s block[IND] 4000000000' % name
+        subprocess.run([need('debugfs'), '-w', '-R', words, disk], stderr=subprocess.DEVNULL, check=True)
+    subprocess.run(['mount', '-o', 'loop,ro', disk, source], check=True)        # fault_open unmounts it
+    done = once('--no-replicate-on-change', source, fault_open + '/far', 'bash', timeout=20, expect=1)
+    for name in ('new', 'patched'):
+        assert re.search('file_replicator: %s: cannot be read: .*error' % name, done.stderr), done.stderr
+    assert not os.path.lexists(replica + '/new') and fault_holds(replica, 'patched', FAULT_BIG[9:3000000])
+    assert fault_holds(replica, 'fine', b'fine') and 'in step' not in done.stdout
+
+
 def test_files_that_vanish_grow_shrink_and_turn_into_others_end_up_right(tmp_path):
     """Done so fast that many do it between our look and our reading."""
     source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
@@ -3629,18 +3667,26 @@ def test_files_that_vanish_grow_shrink_and_turn_into_others_end_up_right(tmp_pat
         assert running.connections() and 'lost' not in running.err()
 
 
-def test_a_large_file_that_changes_while_it_is_sent_once_ends_up_right(tmp_path):
-    """Nobody watches, so no event tells."""
+@pytest.mark.parametrize('change, times, sent', [('write', 1, 1), ('write', 3, 2), ('shrink', 3, 1)],
+                         ids=['once', 'each time it is sent', 'shorter each time it is sent'])
+def test_a_large_file_that_changes_while_it_is_sent_once_ends_up_right(tmp_path, change, times, sent):
+    """Nobody watches, so no event tells. It never takes its place with zeros for what is no more in it."""
     source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
-    write(source + '/large', FAULT_BIG[:3000000])
+    write(source + '/large', FAULT_BIG[:3600000])
     os.mkdir(far)
-    connect, controls = fault_relay(tmp_path, 'dash', slow=0.01)
+    connect, controls = fault_relay(tmp_path, 'dash', slow=0.003)
     with Running(tmp_path, '--no-replicate-on-change', source, far, *connect, wait=False) as running:
-        until(lambda: any(os.path.getsize(os.path.join(d, name)) for staged in fault_staging(far)
-                          for d, _, names in os.walk(staged) for name in names if name.startswith('part')), 20, running.log)
-        with open(source + '/large', 'r+b') as file:
-            file.write(b'changed')
+        for number in range(1, times + 1):
+            until(lambda: any(os.path.getsize(os.path.join(d, name)) for staged in fault_staging(far)
+                              for d, _, names in os.walk(staged) for name in names if name == 'part%d' % number),
+                  20, running.log)
+            if change == 'shrink':
+                os.truncate(source + '/large', 3600000 - number * 400000)
+            else:
+                with open(source + '/large', 'r+b') as file:
+                    file.write(b'changed %d' % number)
         assert running.process.wait(30) == 0 and not difference(source, far + '/src')
+        assert running.out().count('sent large') == sent
 
 
 def test_files_rewritten_all_the_time_do_not_keep_others_waiting_and_arrive_themselves(tmp_path):
@@ -3726,6 +3772,28 @@ def test_what_was_about_to_go_when_the_connection_ended_goes_all_the_same(tmp_pa
         until(lambda: (tmp_path / 'hit').exists(), 10, running.log)
         running.cut()
         os.unlink(str(tmp_path / 'stuck'))
+        until_equal(source, far + '/src', running=running)
+
+
+@pytest.mark.parametrize('count, size', [(1, 3000000), (120, 50000)], ids=['a large file', 'many files'])
+def test_bytes_that_changed_and_kept_size_and_time_arrive_though_the_connection_ends_before_their_turn(tmp_path, count, size):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    for number in range(count):
+        write('%s/%d' % (source, number), FAULT_BIG[:size], mtime_ns=10**18)
+    connect, controls = fault_relay(tmp_path, 'dash')
+    with Running(tmp_path, source, far, *connect) as running:
+        until_equal(source, far + '/src', running=running)
+        write(controls + '/slow', '0.01')
+        running.cut()
+        running.in_step(2)
+        running.process.send_signal(signal.SIGSTOP)     # so that it sees all at once
+        for number in range(count):
+            write('%s/%d' % (source, number), FAULT_BIG[-size:], mtime_ns=10**18)
+        running.process.send_signal(signal.SIGCONT)
+        until(lambda: any(glob.glob(d + '/part*') for d in fault_staging(far)) or running.out().count('sent 0') > 1,
+              20, running.log)
+        running.cut()
+        os.unlink(controls + '/slow')
         until_equal(source, far + '/src', running=running)
 
 
@@ -4851,6 +4919,17 @@ def test_what_comes_while_git_is_asked_is_left_out_as_what_was_there(tmp_path):
         until(lambda: option_has(there, 'new'), 5, running.log)
         running.in_step()
         assert option_paths(there) == ['.gitignore', 'a', 'd', 'd/b', 'new']
+
+
+def test_a_gitignore_that_changes_while_git_is_asked_is_taken_up(tmp_path):
+    source, there = option_source(tmp_path, 'a', 'd/late')
+    write(str(source / '.gitignore'), '*.o\n')
+    git_init(source)
+    slow = tmp_path / 'path' / 'git'
+    write(str(slow), '#!/bin/sh\n%s "$@"; status=$?\ncase $* in *--others*) cd %s; grep -q late .gitignore || { sleep 0.1; '
+          'echo late >>.gitignore; } ;; esac\nexit $status\n' % (need('git'), source), 0o755)
+    with option_watching(tmp_path, env={'PATH': '%s:%s' % (slow.parent, os.environ['PATH'])}) as running:
+        assert option_paths(there) == ['.gitignore', 'a', 'd'], running.log()
 
 
 def test_git_missing_where_a_gitignore_stands_is_a_clear_error(tmp_path):
