@@ -1080,7 +1080,7 @@ class Source:
                 self.watch.follow('\0' + directory, directory)
                 with contextlib.suppress(OSError):
                     changed_ns = os.stat(os.path.join(directory, name)).st_ctime_ns
-                    if -TICK_NS < changed_ns - self.git_asked_ns < time.time_ns() - self.git_asked_ns + TICK_NS:
+                    if self.git_asked_ns - TICK_NS < changed_ns < time.time_ns() + TICK_NS:
                         self.rules_changed = True
 
     def look(self) -> Dict[str, int]:
