@@ -2684,6 +2684,29 @@ def test_a_far_side_that_refuses_a_tool_says_so_and_the_bytes_arrive(tmp_path, s
             until_equal(source, replica, FAULT_ROOM_SECONDS, running=running)
 
 
+@pytest.mark.parametrize('tool', ['chmod', 'touch'])
+def test_a_mode_or_time_that_could_not_be_set_is_set_once_it_can_be(tmp_path, tool):
+    source, far, bad = str(tmp_path / 'src'), str(tmp_path / 'far'), str(tmp_path / 'bad')
+    connect = shell_command(tmp_path, 'dash')
+    fault_command(tmp_path / 'shims-dash', tool, '#!/bin/sh\nif [ -e %s ]; then echo "not now" >&2; exit 1; fi\nexec %s "$@"\n'
+                  % (bad, need(tool)))
+    for name in ('d/changed', 'd/replaced'):
+        write(os.path.join(source, name), 'first', 0o644, 10**18)
+    os.mkdir(far)
+    with Running(tmp_path, source, far, *connect) as running:
+        until_equal(source, far + '/src', running=running)
+        write(bad)
+        write(str(tmp_path / 'new'), 'new', 0o4755, 10**18)
+        os.rename(str(tmp_path / 'new'), source + '/d/replaced')
+        os.chmod(source + '/d/changed', 0o751)
+        os.utime(source + '/d/changed', ns=(10**18, 2 * 10**18))
+        until(lambda: all('d/%s: its mode or time could not be set: not now' % name in running.err()
+                          for name in ('changed', 'replaced')), 20, running.log)
+        os.remove(bad)
+        until_equal(source, far + '/src', FAULT_ROOM_SECONDS, running=running)
+        assert running.out().count('sent d/') == 3, running.log()       # their bytes were there
+
+
 @pytest.mark.parametrize('shell', ['bash', 'dash', 'mksh'])
 @pytest.mark.parametrize('many', [False, True], ids=['one file', 'many'])
 def test_what_a_failed_record_left_does_not_come_among_what_is_sent_next(tmp_path, shell, many):
