@@ -4153,6 +4153,22 @@ def fault_stop(running, number, replica, whole):
     assert 'Traceback' not in running.err()
 
 
+def test_asked_to_end_again_while_it_ends_it_still_leaves_nothing(tmp_path):
+    """Who presses Ctrl-C once often presses it twice."""
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    os.mkdir(far)
+    write(source + '/file', 'data')
+    reluctant = ['sh', '-c', "trap '' INT TERM HUP; dash; echo $$ >%s/clung; while :; do sleep 0.01; done" % tmp_path]
+    with Running(tmp_path, source, far, *reluctant) as running:
+        running.process.send_signal(signal.SIGINT)
+        until(lambda: (tmp_path / 'clung').exists() and (tmp_path / 'clung').read_text())
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            running.process.send_signal(number)
+        assert running.process.wait(5) == 0
+        assert not os.path.exists('/proc/' + (tmp_path / 'clung').read_text().strip()) and running.err() == ''
+        assert os.listdir(far + '/src') == ['file']
+
+
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda n: n.name)
 @pytest.mark.parametrize('when', ['idle', 'in a large file', 'in a slow large file', 'in a bulk', 'without a far side',
                                   'while it starts', 'in a remote hook', 'when it is stopped'])
