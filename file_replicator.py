@@ -2146,7 +2146,7 @@ class Report:
             self.line('in step' if not excused else
                       'in step, but for %d paths that differed at the start' % excused)
         elif set(self.problems) != self.told:
-            self.warn('not in step: for the reasons above, %d paths could not be replicated' % len(self.problems))
+            self.warn('not in step: %d paths could not be replicated, see above' % len(self.problems))
         self.told = set(self.problems)
         self.flush()
 
