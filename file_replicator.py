@@ -710,6 +710,15 @@ class Git:
         if not self.directory:
             self.use_empty_repository()
 
+    def rule_directories(self) -> List[str]:
+        """Where rules stand, or the index, outside of the work tree or above its directories."""
+        if not self.directory:
+            return []
+        common = '.'                    # of a linked work tree: where the repository is
+        with contextlib.suppress(OSError), open(os.path.join(self.directory, 'commondir')) as file:
+            common = file.read().strip()
+        return [self.directory, os.path.join(self.directory, common, 'info'), *self.above]
+
     def find_directory(self) -> str:
         """Git's own directory of this work tree; '' if there is none."""
         at, below = self.top, ''
@@ -737,6 +746,8 @@ class Git:
         if done.returncode and b'not a git repository' in done.stderr and 'GIT_DIR' not in self.environment:
             self.use_empty_repository()
             return self.run(*words, given=given)
+        if done.returncode > 1 and not os.path.isdir(self.top):
+            return b''                  # it went meanwhile
         if done.returncode > 1:         # 1 is how check-ignore says none
             raise Stop('git cannot say what to leave out of %s: %s; mend that, or use --no-gitignore'
                        % (shown(self.top), shown(os.fsdecode(done.stderr).strip().replace('\n', ' '))))
@@ -990,7 +1001,9 @@ class Source:
         if not delay:
             why = max(why, self.later.pop(path, (0, 0, 0))[2])
             self.hints[path] = max(why, self.hints.get(path, 0))
-        elif path not in self.hints:
+        elif path in self.hints:
+            self.hints[path] = max(why, self.hints[path])
+        else:
             now = time.monotonic()
             _, since, before = self.later.get(path, (0, now, 0))
             when = min(now + delay, since + most) if most else now + delay
@@ -1075,8 +1088,7 @@ class Source:
                 self.forgotten.append(path)
             self.hints[''] = CONTENT
         for git in self.left_out.git.values():
-            own = [git.directory, os.path.join(git.directory, 'info'), *git.above] if git.directory else []
-            for directory, name in itertools.product(own, RULES):
+            for directory, name in itertools.product(git.rule_directories(), RULES):
                 self.watch.follow('\0' + directory, directory)
                 with contextlib.suppress(OSError):
                     changed_ns = os.stat(os.path.join(directory, name)).st_ctime_ns
@@ -1194,7 +1206,16 @@ class Source:
         for below in [path, *self.tree.below(path)]:
             later = self.later.pop(below, (0, 0, 0))[2]
             self.changed[below] = max(LOOK, later, self.changed.get(below, 0))
+            self.fresh.discard(below)
+            inode = (self.tree.get(below) or UNKNOWN).inode
+            self.twins.get(inode, set()).discard(below)
+            if self.names.get(inode) == below:
+                del self.names[inode]
         self.tree.put(path, None)
+        for stage, below in list(self.report.problems):     # what could not be looked at is gone too
+            if stage == 'look' and (below + '/').startswith(path + '/'):
+                self.report.solved(below, stage)
+                self.unlisted.discard(below)
 
     def scan(self, top: str) -> None:
         """Lists a directory and all below it, watching each before it is listed, and takes note of what is
@@ -1358,31 +1379,37 @@ def is_another(there: Entry, here: Entry) -> bool:
             and there.ctime_ns != here.ctime_ns)
 
 
-def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True) -> List[Step]:
+def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
+         unlisted: Collection[str] = ()) -> List[Step]:
     """The steps that make `remote` equal to `local` at these paths, in the order they must be taken; `remote`
     is changed as they will change it. A hint of CONTENT has a file sent even if size and time are the same,
     META has only mode and time set where only they differ. Without `delete`, what is only in `remote` stays,
-    and moves are copies."""
+    and moves are copies. What is in the `unlisted` directories of `local` is not known, so it stays too."""
     steps: List[Step] = []
-    opened: Set[str] = set()            # directories in which something changes
+    opened: Set[str] = set()            # directories in which something changes, or that were opened for it
+    passed: Set[str] = set()            # directories that may be entered and written
     disturbed: Set[str] = set()         # others whose mode or time has to be compared at the end
 
     def take(verb: str, path: str, entry: Optional[Entry], detail: str = '') -> None:
-        if verb != 'meta':
-            open_up(parent(path))
-            if verb == 'move':
-                open_up(parent(detail))
+        for each in (path, detail) if verb == 'move' else (path,) if verb != 'meta' else ():
+            opened.add(parent(each))
+            open_up(parent(each))
         step = Step(verb, path, entry, detail, remote.get(path))
         steps.append(step)
         apply(remote, step)
 
     def open_up(path: str) -> None:
-        """Has a directory ready for a change in it. It gets its mode and time back at the end."""
-        if path not in opened:
+        """Has a directory, and what is above it, ready for a change in it. They get their mode and time back
+        at the end."""
+        if path in passed:
+            return
+        passed.add(path)
+        if path:
+            open_up(parent(path))
+        there = remote.get(path)
+        if there is not None and there.kind == 'd' and there.mode & 0o700 != 0o700:
             opened.add(path)
-            there = remote.get(path)
-            if there is not None and there.kind == 'd' and there.mode & 0o700 != 0o700:
-                take('meta', path, there._replace(mode=there.mode | 0o700, mtime_ns=None), 'm')
+            take('meta', path, there._replace(mode=there.mode | 0o700, mtime_ns=None), 'm')
 
     paths = dict(hints)
     gone: Set[str] = set()
@@ -1431,7 +1458,10 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True) 
             for below in more:
                 paths[below] = max(paths.get(below, 0), LOOK, hints.get(old + below[len(path):], 0))
                 if local.get(below) is None:
-                    gone.add(below)
+                    if any(below.startswith(directory + '/') for directory in unlisted):
+                        remote.put(below, None)
+                    else:
+                        gone.add(below)
             if local.get(old) is not None:      # what belongs there may have been thought to stand
                 again = [old, *local.below(old)]
                 paths.update((each, LOOK) for each in again if each not in paths)
@@ -2031,7 +2061,7 @@ class Report:
     def __init__(self, options: Options):
         self.options = options
         self.quiet = options.quiet
-        self.log = None
+        self.log_file = options.log_file
         self.problems: Dict[Tuple[str, str], str] = {}      # (stage, path): why
         self.noticed: Set[Tuple[str, str]] = set()
         self.told: Set[Tuple[str, str]] = set()             # the problems when last it was not in step
@@ -2042,7 +2072,7 @@ class Report:
         self.count_nothing()
         if options.log_file:
             try:
-                self.log = open(options.log_file, 'a', 1, encoding='utf-8', errors='backslashreplace')
+                open(options.log_file, 'a').close()
             except OSError as error:
                 raise Stop('cannot write the log file %s: %s' % (shown(options.log_file), error.strerror))
 
@@ -2073,14 +2103,12 @@ class Report:
             self.warn('%s; going on without' % why)
 
     def write_log(self, lines: Iterable[str]) -> None:
-        if self.log:
-            try:
-                for line in lines:
-                    self.log.write('%s %s\n' % (time.strftime('%Y-%m-%d %H:%M:%S'), line))
+        if self.log_file:
+            try:                        # opened each time, so that it may be moved away
+                with open(self.log_file, 'a', encoding='utf-8', errors='backslashreplace') as log:
+                    log.writelines('%s %s\n' % (time.strftime('%Y-%m-%d %H:%M:%S'), line) for line in lines)
             except OSError as error:
-                with contextlib.suppress(OSError):      # what it still holds cannot be written either
-                    self.log.close()
-                self.log = None
+                self.log_file = ''
                 self.warn('the log file %s is given up: %s' % (shown(self.options.log_file), error.strerror))
 
     def warn(self, text: str) -> None:
@@ -2487,7 +2515,7 @@ class Replica:
             elif path in hints and not job.is_staged:
                 # it is looked at again when the job is done
                 self.source.hint(path, hints.pop(path), QUIET_SECONDS)
-        steps = plan(self.remote, self.source.tree, hints, not self.options.no_delete)
+        steps = plan(self.remote, self.source.tree, hints, not self.options.no_delete, self.source.unlisted)
         if self.tries:
             for path in (self.tries.keys() & hints.keys()) - {step.path for step in steps}:
                 if self.source.tree.get(path) is None:  # what failed is not wanted any more
@@ -2570,7 +2598,7 @@ class Replica:
                 job = self.jobs.get(step.path)
                 if job and job.is_staged and job.step.entry == step.entry:
                     name = self.jobs.pop(step.path).name
-                elif step.entry.size > BULK_BYTES:
+                elif step.entry.size > min(BULK_BYTES, most):
                     self.start_job(step)
                     continue
                 else:
@@ -2734,7 +2762,7 @@ class Replica:
         for at in self.patch(job, fd, part, faults):
             yield at > 0
         while at < entry.size and not job.failed:
-            length = min(entry.size - at, self.far.record_bytes * 4)
+            length = min(entry.size - at, self.far.record_bytes * 2)
             part('-' if at else '+', at, length)
             at += length
             self.report.moved(length)
@@ -2887,6 +2915,7 @@ class Replica:
     def confirm(self, step: Step, took_ms: float) -> None:
         path = step.path
         self.report.solved(path, 'send')
+        self.excused.discard(path)
         if self.tries.pop(path, 0):
             if path in self.source.later:
                 self.source.hint(path, META)    # it need not wait for its next try
@@ -2943,10 +2972,12 @@ def replicate(options: Options) -> int:
     exit status; raises Stop where it cannot go on."""
     report = Report(options)
     left_out = LeftOut(options.source, options.excludes, options.gitignore)
-    log_file = os.path.relpath(os.path.realpath(options.log_file), os.path.realpath(options.source))
-    if options.log_file and not log_file.startswith('../'):
-        left_out.patterns.append(('/' + log_file, re.compile(re.escape(log_file)), False))
-        report.notice(log_file, 'is left out: it is our log file')
+    outputs = {os.path.realpath(path) for path in (options.log_file, '/proc/self/fd/1', '/proc/self/fd/2')}
+    for output in sorted(outputs):
+        path = os.path.relpath(output, os.path.realpath(options.source))
+        if os.path.isfile(output) and not path.startswith('../'):
+            left_out.patterns.append(('/' + path, re.compile(re.escape(path)), False))
+            report.notice(path, 'is left out: it is our log file')
     watch = Watch(options.source, options.watch and not options.poll)
     source = Source(options.source, left_out, watch, report)
     replica = Replica(options, source, report)
