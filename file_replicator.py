@@ -1985,7 +1985,7 @@ class Connection:
         """Ends the connection. The end of its input is what tells the receiver to clear up; what is still
         there after a while gets the signal that has it clear up, then the rest is ended."""
         self.process.stdin.close()
-        for patience, number in ((0 if self.at_rest else 0.4, signal.SIGTERM), (0.4, signal.SIGKILL)):
+        for patience, number in ((0 if self.at_rest else 0.3, signal.SIGTERM), (0.3, signal.SIGKILL)):
             end = time.monotonic() + patience
             # With nothing half-way over there, what the command itself started need not be waited for:
             # whoever inherits it may take his time to see that it ended.
@@ -2977,7 +2977,7 @@ def replicate(options: Options) -> int:
         path = os.path.relpath(output, os.path.realpath(options.source))
         if os.path.isfile(output) and not path.startswith('../'):
             left_out.patterns.append(('/' + path, re.compile(re.escape(path)), False))
-            report.notice(path, 'is left out: it is our log file')
+            report.notice(path, 'is left out: it is our own output')
     watch = Watch(options.source, options.watch and not options.poll)
     source = Source(options.source, left_out, watch, report)
     replica = Replica(options, source, report)

@@ -1256,6 +1256,20 @@ def test_a_file_that_is_being_written_is_not_sent_at_each_write_and_a_new_one_no
     assert sent.count('new') == 1 and sent.count('known') <= 4, sent
 
 
+def test_bytes_written_right_after_the_mode_was_changed_arrive_though_the_file_stays_open(shared_watch):
+    path = os.path.join(shared_watch.source, 'open', 'db')
+    write(path, 'A' * 4096, 0o644, 10**18)
+    shared_watch.equal(at='open')
+    fd = os.open(path, os.O_RDWR)
+    try:
+        os.fchmod(fd, 0o600)
+        os.pwrite(fd, b'B' * 4096, 0)
+        there = os.path.join(shared_watch.replica, 'open', 'db')
+        until(lambda: open(there, 'rb').read() == b'B' * 4096, 5, shared_watch.run.log)
+    finally:
+        os.close(fd)
+
+
 def test_directories_made_and_filled_at_once_are_not_missed(shared_watch):
     shared_watch.sh(
         'for i in $(seq 80); do mkdir -p race/$i/b/c && echo $i >race/$i/b/c/f && echo $i >race/$i/f; done')
@@ -1285,6 +1299,23 @@ def looked_at(top):
     source.hint('', fr.CONTENT)
     source.look()
     return source
+
+
+def test_names_that_are_gone_are_not_kept(tmp_path):
+    write(str(tmp_path / 'src/base'))
+    source = looked_at(str(tmp_path / 'src'))
+    for number in range(5):
+        path = str(tmp_path / ('src/%d' % number))
+        os.link(str(tmp_path / 'src/base'), path)
+        write(path + '.new')
+        source.listen()
+        source.look()
+        os.remove(path)
+        os.remove(path + '.new')
+        source.listen()
+        source.look()
+    assert set(source.names.values()) <= {'base'} and not source.fresh - {'base'}
+    assert all(paths <= {'base'} for paths in source.twins.values())
 
 
 def look_again(source):
@@ -1843,6 +1874,33 @@ def test_after_random_changes_while_tools_fail_over_there_the_replica_is_the_sam
 
 
 # ==== Command line ==========================================================================================
+
+def test_its_own_output_is_left_out_where_that_goes_into_the_source(tmp_path):
+    source, far = tmp_path / 'src', str(tmp_path / 'far')
+    write(str(source / 'a'))
+    with open(str(source / 'nohup.out'), 'wb') as out:
+        process = subprocess.Popen([sys.executable, SCRIPT, str(source), far, 'bash'], stdin=subprocess.DEVNULL, stdout=out,
+                                   stderr=subprocess.STDOUT)
+    try:
+        until(lambda: 'in step' in (source / 'nohup.out').read_text(), 20)
+        write(str(source / 'b'))
+        until(lambda: os.path.exists(far + '/src/b'), 10)
+        assert sorted(os.listdir(far + '/src')) == ['a', 'b']
+        assert 'nohup.out: is left out: it is our' in (source / 'nohup.out').read_text()
+    finally:
+        process.terminate()
+        assert process.wait(5) == 0
+
+
+def test_a_log_file_that_is_moved_away_is_made_again(tmp_path):
+    log, other = tmp_path / 'log', tmp_path / 'log.1'
+    write(str(tmp_path / 'src/a'))
+    with Running(tmp_path, '--log-file', str(log), tmp_path / 'src', tmp_path / 'far', 'bash') as running:
+        os.rename(str(log), str(other))
+        write(str(tmp_path / 'src/b'))
+        until(lambda: log.exists() and 'sent b' in log.read_text(), 10, running.log)
+    assert 'sent a' in other.read_text() and 'sent b' not in other.read_text()
+
 
 @pytest.fixture
 def tree(tmp_path):
@@ -3375,14 +3433,15 @@ far.wait()
 """
 
 
-@pytest.mark.parametrize('files, size', [(300, 20000), (1, 6000000)])
-def test_a_slow_link_that_takes_all_at_once_is_not_taken_for_a_dead_one(tmp_path, monkeypatch, files, size):
+@pytest.mark.parametrize('files, size, rate', [(300, 20000, '2e6'), (1, 6000000, '2e6'), (1, 1000000, '3e5')])
+def test_a_slow_link_that_takes_all_at_once_is_not_taken_for_a_dead_one(tmp_path, monkeypatch, files, size, rate):
     """As with a network's deep buffers: nothing moves here while megabytes creep on."""
     source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
     for number in range(files):
         write('%s/%d' % (source, number), os.urandom(size), mtime_ns=10**18)
     fault_other_number(monkeypatch, tmp_path, 'SILENT_SECONDS = 12, 25 ', 'SILENT_SECONDS = 12, 2 ')
-    assert once('--no-replicate-on-change', source, far, sys.executable, '-c', FAULT_SLOW_LINK).stderr == ''
+    link = sys.executable, '-c', FAULT_SLOW_LINK.replace('2e6', rate)
+    assert once('--no-replicate-on-change', source, far, *link).stderr == ''
     assert not difference(source, far + '/src')
 
 
@@ -3588,6 +3647,58 @@ def test_a_shell_started_in_a_strange_way_is_right_all_the_same(tmp_path, shell)
 
 
 # ---- the source
+
+def test_a_directory_that_cannot_be_listed_keeps_its_contents_over_there_when_it_is_renamed(tmp_path, fault_not_root):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    replica = far + '/src'
+    write(source + '/d/f', 'first')
+    os.mkdir(far)
+    with Running(tmp_path, source, far, 'bash') as running:
+        os.chmod(source + '/d', 0o000)
+        try:
+            running.says('d: cannot be listed')
+            os.rename(source + '/d', source + '/e')
+            until(lambda: 'renamed d -> e' in running.out(), 10, running.log)
+            write(source + '/later')
+            until(lambda: os.path.exists(replica + '/later'), 10, running.log)
+            os.chmod(replica + '/e', 0o700)
+            assert fault_holds(replica, 'e/f', b'first'), running.log()
+        finally:
+            os.chmod(source + '/e', 0o755)
+        until_equal(source, replica, 20, running=running)
+
+
+def test_what_could_not_be_listed_and_is_gone_does_not_keep_it_out_of_step(tmp_path, fault_not_root):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/a')
+    os.mkdir(far)
+    with Running(tmp_path, source, far, 'bash') as running:
+        os.mkdir(source + '/x')
+        os.chmod(source + '/x', 0o000)
+        running.says('x: cannot be listed')
+        os.rmdir(source + '/x')
+        write(source + '/b')
+        until_equal(source, far + '/src', 10, running=running)
+        until(lambda: running.out().endswith('in step\n'), 10, running.log)
+
+
+@pytest.mark.parametrize('shell', ['bash', 'busybox sh'])
+def test_what_is_removed_far_below_a_closed_directory_goes_over_there_too(fault_open, tmp_path, shell):
+    source, far = fault_open + '/src', fault_open + '/far'
+    connect = fault_other_user(fault_open, shell)
+    for name in ('f', 'g', 'h/i'):
+        write(source + '/d/e/' + name, 'first')
+    os.chmod(source + '/d', 0o000)
+    os.mkdir(far)
+    fault_give(far)
+    with Running(tmp_path, source, far, *connect) as running:
+        os.remove(source + '/d/e/g')
+        os.remove(source + '/d/e/h/i')
+        write(source + '/d/e/f', 'second')
+        until_equal(source, far + '/src', 10, running=running)
+        until(lambda: running.out().endswith('in step\n'), 10, running.log)
+        assert 'changed over there' not in running.err()
+
 
 def test_what_cannot_be_read_is_named_and_nothing_of_it_is_removed(tmp_path, fault_not_root):
     source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
@@ -4859,6 +4970,38 @@ def test_a_repository_made_while_watching_is_asked_from_then_on(tmp_path):
         git(source, 'add', '-f', 'a.log')
         until(lambda: option_has(there, 'a.log'), 5, running.log)
         assert not option_has(there, '.git')
+
+
+def test_a_repository_in_the_source_may_go_at_any_moment(tmp_path):
+    source, there = option_source(tmp_path, 'a')
+    with option_watching(tmp_path) as running:
+        for number in range(6):
+            git_init(source / 'sub')
+            write(str(source / 'sub/.gitignore'), '*.o\n')
+            for name in ('c.c', 'a.o', 'b.o'):
+                write(str(source / 'sub' / name))
+            until(lambda: option_has(there, 'sub/c.c'), 5, running.log)
+            write(str(source / 'sub/n.o'))
+            time.sleep(0.05 * number)           # at several moments
+            shutil.rmtree(str(source / 'sub'))
+            until(lambda: not option_has(there, 'sub'), 5, running.log)
+
+
+def test_the_exclude_file_of_a_linked_work_tree_is_taken_up_while_watching(tmp_path):
+    git_init(tmp_path / 'main')
+    write(str(tmp_path / 'main/a'), 'a')
+    git(tmp_path / 'main', 'add', 'a')
+    git(tmp_path / 'main', '-c', 'user.name=n', '-c', 'user.email=e', 'commit', '-q', '-m', 'm')
+    source, there = option_source(tmp_path)
+    shutil.rmtree(str(source))
+    git(tmp_path / 'main', 'worktree', 'add', '-q', str(source), '--detach')
+    exclude = str(tmp_path / 'main/.git/info/exclude')
+    write(exclude, '*.log\n')
+    write(str(source / 'b.log'))
+    with option_watching(tmp_path) as running:
+        assert option_paths(there) == ['a'], running.log()
+        write(exclude, '')
+        until(lambda: option_has(there, 'b.log'), 5, running.log)
 
 
 def test_rules_that_stand_elsewhere_are_taken_up_while_watching(tmp_path):
