@@ -2382,8 +2382,10 @@ def test_a_full_disk_names_what_does_not_fit_and_it_arrives_once_there_is_room(f
             running.in_step()
             if leave is not None:
                 fault_fill(far, leave)
-            for name, data in after.items():
-                write(os.path.join(source, name), data)
+            for name, data in after.items():        # by rename: a file cut to nothing first would make room there
+                os.makedirs(os.path.dirname(os.path.join(source, name)), exist_ok=True)
+                write(os.path.dirname(source) + '/made', data)
+                os.rename(os.path.dirname(source) + '/made', os.path.join(source, name))
             os.remove(source + '/to-go')
         for what, source, far, leave, after, named, arrives, running in runs:
             try:
