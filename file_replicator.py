@@ -1315,6 +1315,11 @@ def apply(tree: Tree, step: Step) -> None:
     """What a step does to the replica. A directory's time changes with each entry that comes or goes."""
     verb, path, entry, detail, _ = step
     if verb == 'meta':
+        there = tree.get(path)          # what it does not set stays as it is
+        if 'm' not in detail and there.mode != entry.mode:
+            entry = entry._replace(mode=there.mode)
+        if 't' not in detail and not same_time(there.mtime_ns, entry.mtime_ns):
+            entry = entry._replace(mtime_ns=there.mtime_ns)
         tree.put(path, entry)
         return
     if verb == 'move':
