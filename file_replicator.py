@@ -1213,7 +1213,7 @@ class Source:
                 del self.names[inode]
         self.tree.put(path, None)
         for stage, below in list(self.report.problems):     # what could not be looked at is gone too
-            if stage == 'look' and (below + '/').startswith(path + '/'):
+            if stage in ('look', 'list') and (below + '/').startswith(path + '/'):
                 self.report.solved(below, stage)
                 self.unlisted.discard(below)
 
@@ -1240,13 +1240,13 @@ class Source:
                 continue
             except OSError as error:
                 self.report.problem(directory, 'cannot be listed, so nothing in it is replicated or removed: '
-                                    + error.strerror, 'look')
+                                    + error.strerror, 'list')
                 self.unlisted.add(directory)
                 continue
             before = self.tree.inside.get(directory)
             if before is None:          # it was replaced
                 continue
-            self.report.solved(directory, 'look')
+            self.report.solved(directory, 'list')
             self.unlisted.discard(directory)
             self.left_out.enter(directory, found)
             if self.left_out.git:       # which was just asked about all there was, if we began at the root
@@ -2851,7 +2851,8 @@ class Replica:
             self.answers.append((steps, code))
             raise Drifted('%s: %s' % (shown(only.path), said or 'it is not there any more'))
         if code == 1 and in_the_way and not follows and not self.remote.inside.get(only.path):
-            self.report.notice(only.path, 'stays over there: it holds what was not replicated')
+            if self.source.tree.get(only.path) is None:     # else what is to stand there says so
+                self.report.notice(only.path, 'stays over there: it holds what was not replicated')
             self.report.solved(only.path, 'send')
             self.tries.pop(only.path, None)
             return 0

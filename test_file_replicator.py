@@ -2086,6 +2086,21 @@ def test_a_directory_that_holds_something_of_theirs_stays_and_that_is_said_once(
         assert run.err().count('stays over there') == 1 and run.out().count('in step') >= 2
 
 
+def test_a_directory_in_the_way_of_a_file_that_may_not_go_is_said_once_and_as_what_it_is(tree):
+    replica = tree / 'dst' / 'src'
+    with Running(tree, '--no-delete', tree / 'src', tree / 'dst', 'bash') as run:
+        inside = set(os.listdir(str(replica / 'sub')))
+        shutil.rmtree(str(tree / 'src' / 'sub'))
+        write(str(tree / 'src' / 'sub'), 'a file')
+        run.says('not in step')
+        write(str(tree / 'src' / 'new'))
+        until(lambda: (replica / 'new').exists())
+        assert inside and set(os.listdir(str(replica / 'sub'))) == inside
+        assert run.err().count('not empty') == 1 and 'stays over there' not in run.err(), run.err()
+        shutil.rmtree(str(replica / 'sub'))
+        until(lambda: fault_holds(str(replica), 'sub', b'a file'), 30, run.log)
+
+
 def test_without_initial_replication_only_what_changes_is_sent(tree):
     with Running(tree, '--no-initial-replication', tree / 'src', tree / 'dst', 'bash') as run:
         assert os.listdir(str(tree / 'dst' / 'src')) == []
@@ -3665,6 +3680,12 @@ def test_a_directory_that_cannot_be_listed_keeps_its_contents_over_there_when_it
             until(lambda: os.path.exists(replica + '/later'), 10, running.log)
             os.chmod(replica + '/e', 0o700)
             assert fault_holds(replica, 'e/f', b'first'), running.log()
+            os.utime(source + '/e')
+            running.says('e: cannot be listed')
+            write(source + '/last')
+            until(lambda: os.path.exists(replica + '/last'), 10, running.log)
+            said = running.err()
+            assert said.count(' d: cannot be listed') == said.count(' e: cannot be listed') == 1, said
         finally:
             os.chmod(source + '/e', 0o755)
         until_equal(source, replica, 20, running=running)
