@@ -32,6 +32,7 @@ import errno
 import fcntl
 import functools
 import gc
+import heapq
 import itertools
 import os
 import re
@@ -101,7 +102,14 @@ leave() {
 }
 
 # Removes what this session made on the way. What stayed would come among what is made next.
-scrap() { rm -rf "$@" || stop "cannot remove its own files"; }
+scrap() {
+  rm -rf "$@" 2>/dev/null && return
+  for left; do ! stands "$left" || stop "cannot remove its own files"; done
+}
+
+# True if the replica is where it was; where -ef is not known, if there is any of that name.
+# shellcheck disable=SC3013
+at_home() { [ -d "$root" ] && { ! [ . -ef . ] || [ . -ef "$root" ]; }; } 2>/dev/null
 
 # Sets p to the path that comes next. A line that ends in / goes on in the next one: that is how a name holds
 # a newline, since no path we are sent ends in /.
@@ -166,6 +174,9 @@ solid() {
   done
   checked=$above
 }
+
+# True if $1 is a directory of ours in which nothing can be changed as long as it has the mode it has.
+closed() { [ -O "$1" ] && [ -n "$(find "$1" -prune ! -perm -300)" ]; } 2>/dev/null
 
 # True if there is something at $1, a link that leads nowhere too.
 stands() { [ -e "$1" ] || [ -h "$1" ]; }
@@ -280,7 +291,9 @@ do_meta() {
 do_remove() {
   for p; do
     shift
-    ! solid "$p" >/dev/null || set -- "$@" "$p"
+    solid "$p" >/dev/null || continue
+    [ -h "$p" ] || [ ! -d "$p" ] || return 2
+    set -- "$@" "$p"
   done
   [ $# = 0 ] || rm -f "$@"
 }
@@ -308,7 +321,6 @@ do_move() {
 # b/N belongs in the directory that is the Nth path. All is staged, then moved, so each file is replaced at
 # once.
 do_bulk() {
-  for p; do solid "$p/." || { skip; return 2; }; done
   umask 022
   if [ "$w1" = tar ]; then
     take "$length" | (cd "$stage" && umask 0 && "$tar" xpof - 2>&1)
@@ -324,6 +336,7 @@ do_bulk() {
   for p; do
     number=$((number + 1))
     made=$stage/b/$number
+    solid "$p/." || { failed=2; break; }
     { into "$p" "$made"/* && into "$p" "$made"/.[!.]* && into "$p" "$made"/..?*; } || failed=1
   done
   scrap "$stage/b" "$stage/s"
@@ -513,12 +526,13 @@ main() {
       count=$((count - 1))
     done
     read -r length || leave
-    [ -d "$root" ] || stop "the replica is gone"
+    at_home || stop "the replica is gone"
     [ -z "$staged" ] || [ -d "$stage" ] || stop "its staging was taken away"
     checked='' temp=''
     "do_$verb" "$@"
     code=$?
     [ "$code" -lt 4 ] || code=1         # of a tool that was killed, or is not there
+    [ "$code" != 1 ] || [ -z "$checked" ] || ! closed "$checked" || code=2
     echo "$nonce $id $code"
   done
 }
@@ -721,7 +735,7 @@ class Git:
 
     def find_directory(self) -> str:
         """Git's own directory of this work tree; '' if there is none."""
-        at, below = self.top, ''
+        at, below = os.path.realpath(self.top), ''
         while at != below:
             git = os.path.join(at, '.git')
             if os.path.isdir(git):
@@ -737,33 +751,35 @@ class Git:
         self.environment.update(GIT_DIR=empty_repository().name, GIT_WORK_TREE=self.top)
 
     def run(self, *words: str, given: bytes = b'') -> bytes:
-        try:
-            done = subprocess.run(['git', '-C', self.top, *words], env=self.environment, input=given,
-                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        except OSError as error:
-            raise Stop('cannot run git, which says what to leave out: %s; install it, or use --no-gitignore'
-                       % error.strerror)
-        if done.returncode and b'not a git repository' in done.stderr and 'GIT_DIR' not in self.environment:
-            self.use_empty_repository()
-            return self.run(*words, given=given)
-        if done.returncode > 1 and not os.path.isdir(self.top):
-            return b''                  # it went meanwhile
-        if done.returncode > 1:         # 1 is how check-ignore says none
-            raise Stop('git cannot say what to leave out of %s: %s; mend that, or use --no-gitignore'
-                       % (shown(self.top), shown(os.fsdecode(done.stderr).strip().replace('\n', ' '))))
-        return done.stdout
+        for _ in range(GIT_TRIES):      # a repository may be in the making
+            try:
+                done = subprocess.run(['git', '-C', self.top, *words], env=self.environment, input=given,
+                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            except OSError as error:
+                raise Stop('cannot run git, which says what to leave out: %s; install it, or use '
+                           '--no-gitignore' % error.strerror)
+            if done.returncode <= 1:    # 1 is how check-ignore says none
+                return done.stdout
+            if not os.path.isdir(self.top):
+                return b''              # it went meanwhile
+            if b'not a git repository' in done.stderr and 'GIT_DIR' not in self.environment:
+                self.use_empty_repository()
+            else:
+                time.sleep(0.1)
+        raise Stop('git cannot say what to leave out of %s: %s; mend that, or use --no-gitignore'
+                   % (shown(self.top), shown(os.fsdecode(done.stderr).strip().replace('\n', ' '))))
 
     def ignored(self) -> Iterator[str]:
         """What git leaves out, relative to the top ('.'); of an ignored directory that holds nothing tracked
         only itself. ls-files also names directories that hold only ignored files, and are not ignored: so it
-        is asked again."""
+        is asked again; with a ./ before each name, which else could be taken for a pattern of git's."""
         out = self.run('ls-files', '-z', '--others', '--ignored', '--exclude-standard', '--directory')
         paths = out.split(b'\0')[:-1]
-        directories = b'\0'.join(path[:-1] for path in paths if path.endswith(b'/'))
+        directories = b'\0'.join(b'./' + path[:-1] for path in paths if path.endswith(b'/'))
         if directories:
             out = self.run('check-ignore', '--no-index', '-z', '--stdin', given=directories)
             really = set(out.split(b'\0'))
-            paths = [path for path in paths if not path.endswith(b'/') or path[:-1] in really]
+            paths = [path for path in paths if not path.endswith(b'/') or b'./' + path[:-1] in really]
         return (os.fsdecode(path).rstrip('/') for path in paths)
 
     def ignores(self, path: str) -> bool:
@@ -776,7 +792,7 @@ class Git:
                     ['git', '-C', self.top, 'check-ignore', '-z', '--stdin', '--verbose', '--non-matching'],
                     env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL, bufsize=0)
-            self.asking.stdin.write(os.fsencode(path) + b'\0')
+            self.asking.stdin.write(b'./' + os.fsencode(path) + b'\0')
             while answer.count(b'\0') < 4:      # source, line, pattern, path
                 more = self.asking.stdout.read(65536)
                 if not more:
@@ -829,11 +845,14 @@ class LeftOut:
             raise Stop('%s is there, but git, which would read it, is not; install git, or use --no-gitignore'
                        % shown(path))
 
-    def enter(self, directory: str, paths: Collection[str]) -> None:
-        """Takes note of a directory's own repository, which is among the paths in it. Raises Stop."""
+    def enter(self, directory: str, paths: Collection[str]) -> bool:
+        """Takes note of a directory's own repository, which is among the paths in it. True if that is new.
+        Raises Stop."""
         git = directory + '/.git' if directory else '.git'
-        if self.git and git in paths and directory not in self.git:
-            self.add_work_tree(directory)
+        if not self.git or git not in paths or directory in self.git:
+            return False
+        self.add_work_tree(directory)
+        return True
 
     def __call__(self, path: str, is_directory: bool) -> bool:
         """Whether a path is left out, as far as git was last asked."""
@@ -855,10 +874,11 @@ class LeftOut:
             if self.git[top].ignores(inside) or gone and self.git[top].ignores(inside + '/.\x7f'):
                 self.ignored.add(path)
 
-    def within(self, path: str) -> bool:
+    def within(self, path: str, is_directory: bool = False) -> bool:
         """Whether a path or anything above it is left out: for paths that stand only over there."""
         parts = path.split('/')
-        return any(self('/'.join(parts[:n]), n < len(parts)) for n in range(1, len(parts) + 1))
+        return any(self('/'.join(parts[:n]), is_directory or n < len(parts))
+                   for n in range(1, len(parts) + 1))
 
     def find_words(self) -> List[str]:
         """What the far side's find need not enter, as its words; only where they mean the same to find."""
@@ -880,8 +900,10 @@ class LeftOut:
 # ==== 4. Look: what stands here, and where to look again ====================================================
 
 KINDS = {stat.S_IFREG: 'f', stat.S_IFDIR: 'd', stat.S_IFLNK: 'l'}  # all else is 's': a socket, FIFO or device
+GIT_TRIES = 3                   # with a tenth of a second between
 TICK_NS = 50 * 10**6            # by which the time of a file may lag behind the clock, at most
-RULES = '.gitignore', 'exclude', 'index'        # of git's own directory, and of those above the root
+# of git's own directory, and of those above the root; the last two come with a new repository
+RULES = '.gitignore', 'exclude', 'index', 'HEAD', 'info'
 LOOKS = 10                      # in a row, while there are new events, before what was seen is sent
 
 
@@ -891,6 +913,14 @@ def entry_of(status: os.stat_result) -> Entry:
     kind = KINDS.get(mode & 0o170000, 's')
     return Entry(kind, mode & 0o7777, status.st_size if kind == 'f' else 0, status.st_mtime_ns, '',
                  (status.st_dev, status.st_ino), status.st_ctime_ns)
+
+
+def is_directory(item: os.DirEntry[str]) -> bool:
+    """Not a link to one; what cannot be looked at is none."""
+    try:
+        return item.is_dir(follow_symlinks=False)
+    except OSError:
+        return False
 
 
 class Watch:
@@ -1040,7 +1070,10 @@ class Source:
             comes = mask & (flags.CREATE | flags.MOVED_TO)
             comes_or_goes = comes or mask & (flags.DELETE | flags.MOVED_FROM)
             if comes_or_goes:
-                self.hint(directory, META)
+                self.hint(directory, CONTENT if name == '.git' and self.left_out.ask_git else META)
+            # with it moved the rules in it, and the repositories
+            if is_directory and mask & (flags.MOVED_FROM | flags.MOVED_TO) and self.left_out.ask_git:
+                self.rules_changed = True
             if name and self.left_out(path, is_directory):
                 if comes_or_goes:
                     self.left_out.ignored.discard(path)
@@ -1084,15 +1117,23 @@ class Source:
         if self.left_out.refresh():
             below = list(self.tree.below(''))
             for path in [path for path in below if self.left_out(path, self.tree.is_directory(path))]:
-                self.lose(path)
-                self.forgotten.append(path)
+                self.forget(path)
             self.hints[''] = CONTENT
+        self.follow_rules(self.git_asked_ns)
+
+    def forget(self, path: str) -> None:
+        """Takes note that a path became left out."""
+        self.forgotten += [path, *self.tree.below(path)]
+        self.lose(path)
+
+    def follow_rules(self, asked_ns: int) -> None:
+        """Watches where rules stand. Those that changed since git was asked for them have it asked again."""
         for git in self.left_out.git.values():
             for directory, name in itertools.product(git.rule_directories(), RULES):
                 self.watch.follow('\0' + directory, directory)
                 with contextlib.suppress(OSError):
                     changed_ns = os.stat(os.path.join(directory, name)).st_ctime_ns
-                    if self.git_asked_ns - TICK_NS < changed_ns < time.time_ns() + TICK_NS:
+                    if asked_ns - TICK_NS < changed_ns < time.time_ns() + TICK_NS:
                         self.rules_changed = True
 
     def look(self) -> Dict[str, int]:
@@ -1154,6 +1195,7 @@ class Source:
             if kind == 'l':
                 entry = entry._replace(mode=0o777, target=os.readlink(self.full(path)))
         except (FileNotFoundError, NotADirectoryError):
+            self.left_out.ignored.discard(path)
             self.lose(path)
             return False
         except OSError as error:
@@ -1179,6 +1221,8 @@ class Source:
             self.changed.setdefault(path, LOOK)
             if before is not None and before.kind == 'd' and kind != 'd':
                 self.lose(path)
+            elif before is not None and before.inode != entry.inode:
+                self.forget_name(path)
             self.tree.put(path, entry)
         if kind != 'd':
             if status.st_nlink > 1:
@@ -1207,15 +1251,23 @@ class Source:
             later = self.later.pop(below, (0, 0, 0))[2]
             self.changed[below] = max(LOOK, later, self.changed.get(below, 0))
             self.fresh.discard(below)
-            inode = (self.tree.get(below) or UNKNOWN).inode
-            self.twins.get(inode, set()).discard(below)
-            if self.names.get(inode) == below:
-                del self.names[inode]
+            self.forget_name(below)
         self.tree.put(path, None)
-        for stage, below in list(self.report.problems):     # what could not be looked at is gone too
+        # what could not be looked at is gone too
+        for stage, below in list(self.report.problems) if self.unlisted else ():
             if stage in ('look', 'list') and (below + '/').startswith(path + '/'):
                 self.report.solved(below, stage)
                 self.unlisted.discard(below)
+
+    def forget_name(self, path: str) -> None:
+        """Takes note that what was last seen at a path does not stand there any more."""
+        inode = (self.tree.get(path) or UNKNOWN).inode
+        if self.names.get(inode) == path:
+            del self.names[inode]
+        if inode in self.twins:
+            self.twins[inode].discard(path)
+            if not self.twins[inode]:
+                del self.twins[inode]
 
     def scan(self, top: str) -> None:
         """Lists a directory and all below it, watching each before it is listed, and takes note of what is
@@ -1223,6 +1275,7 @@ class Source:
         not there."""
         stack = [top]
         tick = 0
+        newer: Set[str] = set()         # what may have come since git was asked, and all that is in it
         choosy = self.left_out.ask_git or bool(self.left_out.patterns)
         while stack:
             directory = stack.pop()
@@ -1248,14 +1301,19 @@ class Source:
                 continue
             self.report.solved(directory, 'list')
             self.unlisted.discard(directory)
-            self.left_out.enter(directory, found)
+            if self.left_out.enter(directory, found):
+                self.follow_rules(self.now_ns)
             if self.left_out.git:       # which was just asked about all there was, if we began at the root
-                self.left_out.ask([path for path, item in found.items()
-                                   if path not in before and (top or self.is_newer(item))])
+                new = [path for path, item in found.items()
+                       if path not in before and (top or directory in newer or self.is_newer(item))]
+                newer.update(new)
+                self.left_out.ask(new)
             if choosy:
                 found = {path: item for path, item in found.items()
-                         if not self.left_out(path, item.is_dir(follow_symlinks=False))}
+                         if not self.left_out(path, is_directory(item))}
             for path in [path for path in before if path not in found]:
+                if path in self.left_out.ignored:       # by rules that came with a repository
+                    self.forget(path)
                 self.lose(path)
             for path, item in found.items():
                 if self.see(path, item.stat):
@@ -1406,15 +1464,16 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
     def open_up(path: str) -> None:
         """Has a directory, and what is above it, ready for a change in it. They get their mode and time back
         at the end."""
-        if path in passed:
-            return
-        passed.add(path)
-        if path:
-            open_up(parent(path))
-        there = remote.get(path)
-        if there is not None and there.kind == 'd' and there.mode & 0o700 != 0o700:
-            opened.add(path)
-            take('meta', path, there._replace(mode=there.mode | 0o700, mtime_ns=None), 'm')
+        above = []
+        while path not in passed:
+            passed.add(path)
+            above.append(path)
+            path = parent(path)
+        for path in reversed(above):
+            there = remote.get(path)
+            if there is not None and there.kind == 'd' and there.mode & 0o700 != 0o700:
+                opened.add(path)
+                take('meta', path, there._replace(mode=there.mode | 0o700, mtime_ns=None), 'm')
 
     paths = dict(hints)
     gone: Set[str] = set()
@@ -1439,10 +1498,12 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
         if there is not None and there.inode is not None:
             movable[there.inode] = path
 
-    work = collections.deque(sorted(paths))
+    work = sorted(paths)                # a heap
     files: List[str] = []
     while work:                         # what is above comes first: directories, and what moved into them
-        path = work.popleft()
+        path = heapq.heappop(work)
+        if work[:1] == [path]:
+            continue                    # twice
         there, here = remote.get(path), local.get(path)
         if here is None or here.kind != 'd' and there is not None and there.kind == 'd':
             files.append(path)
@@ -1456,10 +1517,11 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
                 and (here.kind == 'd' or was.size == here.size and was.mtime_ns == here.mtime_ns
                      and was.target == here.target and CONTENT not in (hints.get(old), hints.get(path)))):
             take('move', path, was, old)
-            for inode, below in movable.items():
-                if below.startswith(old + '/'):
-                    movable[inode] = path + below[len(old):]
             more = {*remote.below(path), *local.below(path)}
+            for below in remote.below(path):
+                inode = remote.get(below).inode
+                if inode in movable:
+                    movable[inode] = below
             for below in more:
                 paths[below] = max(paths.get(below, 0), LOOK, hints.get(old + below[len(path):], 0))
                 if local.get(below) is None:
@@ -1471,8 +1533,8 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
                 again = [old, *local.below(old)]
                 paths.update((each, LOOK) for each in again if each not in paths)
                 more.update(again)
-            if more:
-                work = collections.deque(sorted(more.union(work)))
+            for each in more:
+                heapq.heappush(work, each)
             if here.kind == 'd':
                 paths[path] = max(paths[path], META)
         if here.kind != 'd':
@@ -1900,7 +1962,9 @@ class Connection:
     def hear_line(self, line: str) -> None:
         found = self.answer.search(line)
         other = line[:found.start()] if found else line     # before an answer: a line that did not end
-        if other and not CHATTER.match(other):
+        if other and self.flight and self.flight[0].verb == 'hook':
+            self.said.append(shown(other))
+        elif other and not CHATTER.match(other):
             # The reason is for people: without the shell's name, its line, and the names we gave to temporary
             # files.
             reason = re.sub(r'^[^ ]*: (line )?\d+: ', '', other)
@@ -2248,6 +2312,10 @@ VERBS = {'dir': ('make', 'made'), 'file': ('send', 'sent'), 'link': ('link', 'li
 OPEN_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
+def open_plain(path: str) -> Any:
+    return open(path, 'rb', 0, opener=lambda name, _: os.open(name, OPEN_FLAGS))
+
+
 class Replica:
     """`remote` is what the far side will hold once it has answered all that is on its way. Nothing is said to
     be replicated before it is answered; after a failure `remote` is reckoned anew from the answers; and each
@@ -2273,7 +2341,8 @@ class Replica:
         self.unstable: Dict[str, int] = {}          # how often a file changed while it was read
         self.settled: Dict[str, Entry] = {}         # directories whose mode and time the archive itself sets
         self.excused: Set[str] = set()              # what differed at a start without replication
-        self.confirmed: List[str] = []              # paths, since the hooks last ran
+        self.confirmed: Dict[str, None] = {}        # paths, since the hook last ran
+        self.unhooked: Dict[str, None] = {}         # and since the remote hook last answered
         self.last_sent: Dict[str, float] = {}       # for --update-interval
         self.drifts = 0                             # in a row, without coming into step
         self.begun = self.was_writable = self.is_staged = self.announced = False
@@ -2295,6 +2364,11 @@ class Replica:
         self.session = far.nonce
         for path, why in source.look().items():
             self.taking[path] = max(why, self.taking.get(path, 0))
+        while source.gone:              # what was seen of it may have been half of it
+            if not options.watch:
+                raise Stop('%s went while it was looked at' % shown(source.root))
+            far.turn(1)
+            self.taking.update(source.look())
         self.mounts.clear()
         self.remote = believe(self.listed(), source.tree, self.known, self.is_ours)
         if far.can:
@@ -2306,6 +2380,9 @@ class Replica:
         if self.begun or options.initial:
             if options.clean_out and not self.begun:
                 self.carry_out(plan(self.remote, Tree(), dict.fromkeys(self.remote.below(''), LOOK)))
+                while self.flying:      # a connection that ends before has the next one begin with that again
+                    far.turn(None, source.watch.fd)
+                    source.listen()
             self.compare(hints)
         else:
             hints = {}
@@ -2327,7 +2404,8 @@ class Replica:
                 continue
             if path.startswith(staging):
                 continue
-            if unlisted and any(path.startswith(directory + '/') for directory in unlisted):
+            if unlisted and self.source.tree.get(path) is None and any(
+                    path.startswith(directory and directory + '/') for directory in unlisted):
                 continue                # what could not be read here is not what is not here
             if mounts and (path in mounts or self.is_mounted(path)) and self.source.tree.get(path) is None:
                 continue                # nothing that is mounted is removed
@@ -2344,7 +2422,7 @@ class Replica:
         if self.options.mirror:
             self.source.left_out.ask([path], gone=True)
         return (entry.kind != 'd' and bool(STAGING.fullmatch(path.rpartition('/')[2]))
-                or self.options.mirror and not self.source.left_out.within(path))
+                or self.options.mirror and not self.source.left_out.within(path, entry.kind == 'd'))
 
     def is_mounted(self, path: str) -> bool:
         """Whether a path is on another file system than the replica's root: nothing is renamed to there from
@@ -2371,7 +2449,7 @@ class Replica:
                     and path not in self.excused):
                 same = path in sums and sums[path] == self.sum_here(tool, path)
                 hints[path] = META if same else CONTENT
-        for path in self.differing():
+        for path in itertools.chain(self.differing(), self.tries):
             hints.setdefault(path, LOOK)
 
     def differing(self) -> Iterator[str]:
@@ -2382,7 +2460,7 @@ class Replica:
         import hashlib
         digest = hashlib.new(tool[:-3])
         try:
-            with open(self.source.full(path), 'rb') as file:
+            with open_plain(self.source.full(path)) as file:
                 for block in iter(lambda: file.read(1 << 20), b''):
                     digest.update(block)
         except OSError:
@@ -2407,6 +2485,7 @@ class Replica:
                 self.source.hint(path, CONTENT)
         for path in self.jobs:
             self.source.hint(path, CONTENT)
+        self.excused.difference_update(self.taking)
         for state in (self.taking, self.waiting, self.jobs, self.flying, self.answers, self.can):
             state.clear()
         self.announced = self.is_staged = False
@@ -2464,6 +2543,8 @@ class Replica:
         """Sends what is to be sent at these paths at once, if it is little; else what goes, moves, and makes
         directories of what moved; the rest becomes the backlog, which later edits overtake."""
         self.taking = changed
+        for path in self.excused & changed.keys():      # it was never known to be the same
+            changed[path] = max(LOOK, changed[path])
         self.excused.difference_update(changed)
         local, remote = self.source.tree, self.remote
         now = time.monotonic()
@@ -2523,7 +2604,8 @@ class Replica:
         steps = plan(self.remote, self.source.tree, hints, not self.options.no_delete, self.source.unlisted)
         if self.tries:
             for path in (self.tries.keys() & hints.keys()) - {step.path for step in steps}:
-                if self.source.tree.get(path) is None:  # what failed is not wanted any more
+                here = self.source.tree.get(path)
+                if here is None or self.remote.get(path) is here:   # not wanted any more, or as it shall be
                     del self.tries[path]
                     self.report.solved(path, 'send')
         self.carry_out(steps)
@@ -2677,7 +2759,7 @@ class Replica:
         self.post('bulk', (kind,), [wire(path) for path in numbers], [step for step, _ in batch], [payload])
         if self.can[0] == 'tar':        # busybox's, which sets the times of files only
             links = [step for step, _ in batch if step.verb == 'link']
-            self.send_metas([step._replace(verb='meta', detail='t') for step in links])
+            self.send_metas([step._replace(verb='meta', detail='t', before=step.entry) for step in links])
 
     def read(self, step: Step) -> Optional[Tuple[Step, bytes]]:
         """The bytes of a small file, as they were at one moment, and the step with the size and time of that
@@ -2704,7 +2786,8 @@ class Replica:
                 if stands_still:
                     raise OSError(errno.EIO, 'it does not hold as many bytes as it says')
                 data = data[:size]
-                self.source.hint(path, CONTENT, QUIET_SECONDS, OPEN_SECONDS)
+                if self.options.watch:
+                    self.source.hint(path, CONTENT, QUIET_SECONDS, OPEN_SECONDS)
             if attempt:
                 entry = entry_of(status)._replace(size=len(data))
                 self.source.tree.put(path, entry)
@@ -2757,7 +2840,7 @@ class Replica:
                 job.failed = said or 'it could not be written there'
 
         try:                            # a directory too fails
-            file = open(self.source.full(path), 'rb', 0, opener=lambda name, _: os.open(name, OPEN_FLAGS))
+            file = open_plain(self.source.full(path))
         except OSError as error:
             self.unreadable(path, error)
             return
@@ -2782,10 +2865,11 @@ class Replica:
         elif job.failed:
             self.failed(path, job.failed)
         elif still or self.unstable[path] > 2 and after.st_size >= entry.size:
-            if not still:       # it never stands still: this is as good as any, and it will be sent again
-                self.source.hint(path, CONTENT, QUIET_SECONDS, OPEN_SECONDS)
-            job.is_staged = True
             here = self.source.tree.get(path)
+            # this is as good as any, and it will be sent again
+            if self.options.watch and (not still or here != entry):
+                self.source.hint(path, META if still else CONTENT, QUIET_SECONDS, OPEN_SECONDS)
+            job.is_staged = True
             if here is not None and here.kind == 'f':
                 self.source.tree.put(path, entry)
                 self.send({path: CONTENT})
@@ -2810,7 +2894,7 @@ class Replica:
         while not answers:
             yield 0
         code, _, values = answers[0]
-        sums = [value.split()[0] for value in values if value]
+        sums = [value.split()[0] for value in values if value.strip()]
         for index, there in enumerate(sums if not code and len(sums) == blocks else ()):
             try:
                 data = os.pread(fd, block, index * block)
@@ -2863,6 +2947,7 @@ class Replica:
                 # Only its owner may set it, so one more try is enough, until something changes in it.
                 self.report.notice(only.path, 'its time could not be set: ' + said)
                 if self.tries.pop(only.path, 0):
+                    self.report.solved(only.path, 'send')
                     return 0
                 said = ''
             self.failed(only.path, said and 'its mode or time could not be set: ' + said, META)
@@ -2900,10 +2985,10 @@ class Replica:
 
     def still_there(self, path: str) -> None:
         """Takes back the belief in a removal, and in those of the directories above it."""
-        above = parent(path)
-        if not self.remote.is_directory(above):
-            self.still_there(above)
-            self.remote.put(above, Entry('d', 0o700))
+        parts = path.split('/')
+        for above in map('/'.join, (parts[:n] for n in range(1, len(parts)))):
+            if not self.remote.is_directory(above):
+                self.remote.put(above, Entry('d', 0o700))
         if self.remote.get(path) is None:
             self.remote.put(path, UNKNOWN)
 
@@ -2929,8 +3014,8 @@ class Replica:
             self.look_again([*self.source.tree.below(path), *self.remote.below(path)])
         if not is_news(step):
             return
-        self.confirmed.append(path)
-        if step.verb == 'file':
+        self.confirmed[path] = self.unhooked[path] = None
+        if step.verb == 'file' and self.options.update_interval:
             self.last_sent[path] = time.monotonic()
         size = '{:,} bytes, '.format(step.entry.size) if step.verb == 'file' else ''
         self.report.line('%s (%s%.0f ms)' % (self.words_for(step), size, took_ms), step)
@@ -2942,16 +3027,21 @@ class Replica:
         return '%s %s%s' % (verb, shown(step.path), '/' if step.verb in ('dir', 'rmdir') else '')
 
     def run_hooks(self, hooks: Hooks) -> None:
-        """Runs the hooks if something was confirmed since they last ran, with the paths that were."""
-        names = b''.join(os.fsencode(path) + b'\0' for path in dict.fromkeys(self.confirmed))
+        """Runs the hooks if something was confirmed since they last ran, with the paths that were. A remote
+        hook that a lost connection left without an answer runs again."""
+        here, there = (b''.join(os.fsencode(path) + b'\0' for path in paths)
+                       for paths in (self.confirmed, self.unhooked))
         self.confirmed.clear()
-        if names and self.options.remote_hook:
+        if here and self.options.hook:
+            hooks.queue.put(here)
+        if there and self.options.remote_hook:
             self.stage()
-            self.far.send('hook', (), (), [names], self.remote_hook_ended)
-        if names and self.options.hook:
-            hooks.queue.put(names)
+            self.far.send('hook', (), (), [there], self.remote_hook_ended)
+        else:
+            self.unhooked.clear()
 
     def remote_hook_ended(self, code: int, said: str, _: List[str]) -> None:
+        self.unhooked.clear()
         if said:
             self.report.warn('remote hook: %s' % said)
 
@@ -2978,8 +3068,8 @@ def replicate(options: Options) -> int:
     exit status; raises Stop where it cannot go on."""
     report = Report(options)
     left_out = LeftOut(options.source, options.excludes, options.gitignore)
-    outputs = {os.path.realpath(path) for path in (options.log_file, '/proc/self/fd/1', '/proc/self/fd/2')}
-    for output in sorted(outputs):
+    outputs = [options.log_file] * bool(options.log_file) + ['/proc/self/fd/1', '/proc/self/fd/2']
+    for output in sorted(set(map(os.path.realpath, outputs))):
         path = os.path.relpath(output, os.path.realpath(options.source))
         if os.path.isfile(output) and not path.startswith('../'):
             left_out.patterns.append(('/' + path, re.compile(re.escape(path)), False))
@@ -3223,13 +3313,16 @@ def parse(argv: Sequence[str]) -> Options:
     if given.receiver:
         to_stdout(RECEIVER)
         raise SystemExit(0)
-    if len(places) < 2 or not command:
-        parser.error('needs SRC_DIR, DEST_PARENT_DIR and CONNECTION_COMMAND; see --help')
+    if len(places) < 2 or not command or not all([*places, command[0]]):
+        parser.error('needs SRC_DIR, DEST_PARENT_DIR and CONNECTION_COMMAND, none of them empty; see --help')
     if given.no_delete and (given.mirror or given.clean_out):
         parser.error('--no-delete goes neither with --mirror nor with --clean-out-first')
     if given.clean_out and not given.initial:
         parser.error('--clean-out-first does not go with --no-initial-replication')
-    source = os.path.abspath(places[0])
+    try:
+        source = os.path.abspath(places[0])
+    except OSError as error:
+        parser.error('the current directory is not there: %s' % error.strerror)
     name = os.path.basename(source)
     if not os.path.isdir(source):
         parser.error('SRC_DIR %s is no directory' % shown(places[0]))
@@ -3255,7 +3348,8 @@ def main(argv: Sequence[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors='backslashreplace')
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(each, stop)
+        if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN:       # as nohup has it
+            signal.signal(each, stop)
     # entries are never garbage in cycles: looking for that costs a fifth of a scan
     gc.set_threshold(100000)
     try:
