@@ -175,8 +175,10 @@ solid() {
   checked=$above
 }
 
-# True if $1 is a directory of ours in which nothing can be changed as long as it has the mode it has.
-closed() { [ -O "$1" ] && [ -n "$(find "$1" -prune ! -perm -300)" ]; } 2>/dev/null
+# True if $1 is a directory of ours in which nothing could be changed, as its mode has it.
+closed() {
+  [ -O "$1" ] && { [ ! -w "$1" ] || [ ! -x "$1" ]; } && [ -n "$(find "$1" -prune ! -perm -300)" ]
+} 2>/dev/null
 
 # True if there is something at $1, a link that leads nowhere too.
 stands() { [ -e "$1" ] || [ -h "$1" ]; }
@@ -332,11 +334,11 @@ do_bulk() {
     took=$?
   fi
   [ "$took" = 0 ] || { scrap "$stage/b" "$stage/s"; return 1; }
+  for p; do solid "$p/." || { scrap "$stage/b" "$stage/s"; return 2; }; done
   number=0 failed=0
   for p; do
     number=$((number + 1))
     made=$stage/b/$number
-    solid "$p/." || { failed=2; break; }
     { into "$p" "$made"/* && into "$p" "$made"/.[!.]* && into "$p" "$made"/..?*; } || failed=1
   done
   scrap "$stage/b" "$stage/s"
@@ -532,7 +534,10 @@ main() {
     "do_$verb" "$@"
     code=$?
     [ "$code" -lt 4 ] || code=1         # of a tool that was killed, or is not there
-    [ "$code" != 1 ] || [ -z "$checked" ] || ! closed "$checked" || code=2
+    case $code$verb in
+      1bulk) ;;                         # something may have been done elsewhere
+      1*) [ -z "$checked" ] || ! closed "$checked" || code=2 ;;
+    esac
     echo "$nonce $id $code"
   done
 }
@@ -555,6 +560,7 @@ BEAT_SECONDS, SILENT_SECONDS = 12, 25   # idle before a heartbeat, waiting befor
 QUIET_SECONDS = 0.2             # without another write before a file that is still open is sent,
 OPEN_SECONDS, NEW_SECONDS = 0.9, 5      # but no longer than this: known files, files never sent
 RETRY_SECONDS, RETRY_MOST_SECONDS = 1, 30
+UNSTABLE_MOST = 12              # readings of a file that changes, where nobody watches
 DRIFTS_MOST = 9                 # in a row: then what is not as it was listed is an error like any other
 POLL_SECONDS = 2                # between two looks at everything, where there is no inotify
 STAGING = re.compile(r'\.file_replicator\.[0-9a-f]{12}(-new)?')
@@ -2786,8 +2792,7 @@ class Replica:
                 if stands_still:
                     raise OSError(errno.EIO, 'it does not hold as many bytes as it says')
                 data = data[:size]
-                if self.options.watch:
-                    self.source.hint(path, CONTENT, QUIET_SECONDS, OPEN_SECONDS)
+                self.send_again(path)
             if attempt:
                 entry = entry_of(status)._replace(size=len(data))
                 self.source.tree.put(path, entry)
@@ -2799,6 +2804,15 @@ class Replica:
             return None
         finally:
             os.close(fd)
+
+    def send_again(self, path: str) -> bool:
+        """Has a file that changed while it was read sent again; where nobody watches, not without end. Whether
+        it will be."""
+        tries = self.unstable[path] = self.unstable.get(path, 0) + 1
+        if not self.options.watch and tries >= UNSTABLE_MOST:
+            return False
+        self.source.hint(path, CONTENT, QUIET_SECONDS, OPEN_SECONDS)
+        return True
 
     def unreadable(self, path: str, error: OSError) -> None:
         """RACE: what vanished or became something else after we looked has its own event; it is looked at
@@ -2859,23 +2873,25 @@ class Replica:
             yield False
         after = os.fstat(fd)
         still = (after.st_size, after.st_mtime_ns) == (entry.size, entry.mtime_ns)
-        self.unstable[path] = 0 if still else self.unstable.get(path, 0) + 1
+        if still:
+            self.unstable.pop(path, None)
         if faults:
             self.unreadable(path, faults[0])
         elif job.failed:
             self.failed(path, job.failed)
-        elif still or self.unstable[path] > 2 and after.st_size >= entry.size:
+        elif still or self.unstable.get(path, 0) > 1 and after.st_size >= entry.size:
             here = self.source.tree.get(path)
-            # this is as good as any, and it will be sent again
-            if self.options.watch and (not still or here != entry):
-                self.source.hint(path, META if still else CONTENT, QUIET_SECONDS, OPEN_SECONDS)
+            if not still:       # it never stands still: this is as good as any, and it will be sent again
+                self.send_again(path)
+            elif here != entry:         # another, or with another mode, that waits for its turn
+                self.source.hint(path, META, QUIET_SECONDS)
             job.is_staged = True
             if here is not None and here.kind == 'f':
                 self.source.tree.put(path, entry)
                 self.send({path: CONTENT})
                 return
-        else:
-            self.source.hint(path, CONTENT)
+        elif not self.send_again(path):
+            self.failed(path, 'cannot be read: it was shorter at the end each time')
         self.far.send('drop', (job.name,))
 
     def patch(self, job: Job, fd: int, part: Callable[[str, int, int], None],

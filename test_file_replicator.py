@@ -18,6 +18,7 @@ import concurrent.futures
 import contextlib
 import glob
 import inspect
+import itertools
 import os
 import pty
 import pwd
@@ -622,6 +623,30 @@ def test_a_hint_says_what_may_have_changed(change, hint, expected):
     assert [(step.verb, step.detail if step.verb == 'meta' else
              {'?': '?', 'f': str(step.before.size)}.get(step.before.kind, ''))
             for step in steps if step.path == 'd/f'] == expected
+
+
+@pytest.mark.parametrize('directories, files', [(10000, 0), (1000, 20)])
+def test_ten_thousand_renames_are_planned_in_seconds(directories, files):
+    remote, local, hints, numbers = fr.Tree(), fr.Tree(), {}, itertools.count(1)
+    for tree in (remote, local):
+        tree.put('', fr.Entry('d', 0o755, 0, 1, '', (1, 0)))
+
+    def add(path, kind):
+        inode = next(numbers)
+        entry = fr.Entry(kind, 0o755, kind == 'f', 10**18, '', (1, inode), inode)
+        remote.put('a' + path, entry)
+        local.put('b' + path if path else 'a', entry)
+        hints['a' + path] = hints['b' + path] = fr.LOOK
+    add('', 'd')
+    local.put('b', fr.Entry('d', 0o755, 0, 10**18, '', (1, -1), 1))
+    for number in range(directories):
+        add('/%d' % number, 'd' if files else 'f')
+        for name in range(files):
+            add('/%d/%d' % (number, name), 'f')
+    since = time.process_time()
+    steps = fr.plan(remote, local, hints)
+    assert time.process_time() - since < 5
+    assert sum(step.verb == 'move' for step in steps) == directories
 
 
 def test_removals_go_from_the_deepest_up():
@@ -1307,6 +1332,10 @@ def test_names_that_are_gone_are_not_kept(tmp_path):
     for number in range(5):
         path = str(tmp_path / ('src/%d' % number))
         os.link(str(tmp_path / 'src/base'), path)
+        os.link(str(tmp_path / 'src/base'), path + '.twin')
+        os.rename(path + '.twin', str(tmp_path / 'src/saved'))
+        write(path + '.save', b'%d' % number)
+        os.rename(path + '.save', str(tmp_path / 'src/saved'))
         write(path + '.new')
         source.listen()
         source.look()
@@ -1314,7 +1343,7 @@ def test_names_that_are_gone_are_not_kept(tmp_path):
         os.remove(path + '.new')
         source.listen()
         source.look()
-    assert set(source.names.values()) <= {'base'} and not source.fresh - {'base'}
+    assert sorted(source.names.values()) == ['base', 'saved'] and not source.fresh - {'base', 'saved'}
     assert all(paths <= {'base'} for paths in source.twins.values())
 
 
@@ -1919,7 +1948,8 @@ def tree(tmp_path):
      ['--no-such-option', '{}/src', '{}/dst', 'bash'], ['--poll', '0', '{}/src', '{}/dst', 'bash'],
      ['--poll', '{}/src', '{}/dst', 'bash'], ['--exclude', '', '{}/src', '{}/dst', 'bash'], ['--exclude'],
      ['--exclude', './sub', '{}/src', '{}/dst', 'bash'], ['--exclude', 'sub/../a', '{}/src', '{}/dst', 'bash'],
-     ['--clean-out-first', '--no-initial-replication', '{}/src', '{}/dst', 'bash']],
+     ['--clean-out-first', '--no-initial-replication', '{}/src', '{}/dst', 'bash'],
+     ['', '{}/dst', 'bash'], ['{}/src', '', 'bash'], ['{}/src', '{}/dst', '']],
     ids=' '.join)
 def test_a_wrong_command_line_is_refused_with_status_2(words, tree):
     done = once(*(word.replace('{}', str(tree)) for word in words), expect=2)
@@ -3665,6 +3695,196 @@ def test_a_shell_started_in_a_strange_way_is_right_all_the_same(tmp_path, shell)
 
 # ---- the source
 
+@pytest.mark.parametrize('shell', ['bash', 'dash', 'busybox sh'])
+@pytest.mark.parametrize('how', ['moved', 'copied', 'link', 'new'])
+def test_a_replica_in_whose_place_another_directory_was_put_is_noticed(tmp_path, how, shell):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    replica, old = far + '/src', far + '/old'
+    for name in ('a', 'd/b'):
+        write(os.path.join(source, name), 'first')
+    os.mkdir(far)
+    with Running(tmp_path, source, far, *shell_command(tmp_path, shell)) as running:
+        until(lambda: not fault_staging(replica))
+        if how == 'new':
+            shutil.rmtree(replica)
+            os.mkdir(replica)
+        else:
+            os.rename(replica, old)
+            os.mkdir(far + '/other')
+            {'moved': lambda: os.mkdir(replica), 'copied': lambda: shutil.copytree(old, replica),
+             'link': lambda: os.symlink('other', replica)}[how]()
+        before = tree_of(old) if how != 'new' else None
+        write(source + '/a', 'second')
+        write(source + '/new', 'new')
+        until_equal(source, replica, 20, running=running)
+        until(lambda: running.out().endswith('in step\n'), 10, running.log)
+        assert how == 'new' or tree_of(old) == before and not os.listdir(far + '/other')
+
+
+@pytest.mark.parametrize('shell', ['bash', 'dash', 'busybox sh'])
+def test_a_directory_over_there_that_we_may_not_search_is_named_and_all_else_arrives(fault_open, tmp_path, shell):
+    source, far = fault_open + '/src', fault_open + '/far'
+    connect = fault_other_user(fault_open, shell)
+    for name in ('x/a', 'y/b'):
+        write(os.path.join(source, name), 'first')
+    os.mkdir(far)
+    fault_give(far)
+    with Running(tmp_path, source, far, *connect) as running:
+        os.chown(far + '/src/x', 0, 0)
+        os.chmod(far + '/src/x', 0o700)
+        write(source + '/x/a', 'second')
+        write(source + '/large', bytes(3 << 20))
+        write(source + '/y/b', 'second')
+        running.says('x/a: ')
+        until(lambda: fault_holds(far, 'src/large', bytes(3 << 20)) and fault_holds(far, 'src/y/b', b'second'), 20, running.log)
+        assert 'connection lost' not in running.err(), running.err()
+        assert 'ermission denied' in running.err()
+        fault_give(far + '/src/x')
+        until_equal(source, far + '/src', FAULT_ROOM_SECONDS, running=running)
+
+
+@pytest.mark.parametrize('shell', ['bash', 'dash', 'busybox sh'])
+def test_a_directory_that_was_closed_over_there_is_opened_again(fault_open, tmp_path, shell):
+    source, far = fault_open + '/src', fault_open + '/far'
+    connect = fault_other_user(fault_open, shell)
+    for name in ('x/a', 'x/b', 'y/a'):
+        write(os.path.join(source, name), 'first')
+    os.mkdir(far)
+    fault_give(far)
+    with Running(tmp_path, source, far, *connect) as running:
+        for mode in (0o555, 0o000):
+            os.chmod(far + '/src/x', mode)
+            write(source + '/x/a', 'with %o' % mode)
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(source + '/x/b')
+            until_equal(source, far + '/src', 20, running=running)
+            until(lambda: running.out().endswith('in step\n'), 10, running.log)
+
+
+@pytest.mark.parametrize('option', ['', '--mirror'])
+@pytest.mark.parametrize('theirs', [(), ('theirs',)])
+def test_a_file_that_became_a_directory_over_there_and_goes_here_keeps_nothing_out_of_step(tmp_path, option, theirs):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    replica = far + '/src'
+    for name in ('f', 'g'):
+        write(os.path.join(source, name), 'first')
+    os.mkdir(far)
+    with Running(tmp_path, *option.split(), source, far, 'dash') as running:
+        os.remove(replica + '/f')
+        os.mkdir(replica + '/f')
+        for name in theirs:
+            write(replica + '/f/' + name)
+        os.remove(source + '/f')
+        until(lambda: running.out().count('in step') >= 2, 10, running.log)
+        assert os.path.exists(replica + '/f') == bool(theirs and not option), running.log()
+        assert 'is tried again' not in running.err()
+
+
+@pytest.mark.parametrize('shell', ['bash', 'dash', 'busybox sh'])
+def test_a_link_put_in_the_way_while_the_bytes_are_on_their_way_is_not_followed(tmp_path, shell):
+    source, far, outside = str(tmp_path / 'src'), str(tmp_path / 'far'), str(tmp_path / 'outside')
+    replica = far + '/src'
+    write(source + '/x/f', 'first')
+    for directory in (far, outside):
+        os.mkdir(directory)
+    relay, _ = fault_relay(tmp_path, *shell_command(tmp_path, shell), slow=0.15)
+    with Running(tmp_path, source, far, *relay) as running:
+        running.process.send_signal(signal.SIGSTOP)         # so that it sends them together
+        for number in range(5):
+            write(source + '/x/%d' % number, os.urandom(40000))
+        running.process.send_signal(signal.SIGCONT)
+        until(lambda: any(os.listdir(each) for each in glob.glob(replica + '/.file_replicator.*')), 10, running.log)
+        os.rename(replica + '/x', replica + '/y')
+        os.symlink(outside, replica + '/x')
+        until(lambda: os.path.isfile(replica + '/x/4') and not os.path.islink(replica + '/x'), 30, running.log)
+        assert os.listdir(outside) == []
+
+
+def test_a_large_file_that_is_replaced_on_its_way_ends_up_right(tmp_path):
+    """Among so many other changes that what is known of it waits for its turn."""
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/many/first')
+    os.mkdir(far)
+    relay, _ = fault_relay(tmp_path, 'dash', slow=0.003)
+    with Running(tmp_path, source, far, *relay) as running:
+        write(source + '/z', os.urandom(24 << 20))
+        until(lambda: any(os.path.getsize(each) for each in glob.glob(far + '/src/.file_replicator.*/part*')), 10, running.log)
+        write(str(tmp_path / 'new'), os.urandom(24 << 20))
+        running.process.send_signal(signal.SIGSTOP)         # so that it sees all this at once
+        for number in range(1500):
+            write(source + '/many/%d' % number, 'x' * 1000)
+        os.rename(str(tmp_path / 'new'), source + '/z')
+        os.chmod(source + '/z', 0o640)
+        running.process.send_signal(signal.SIGCONT)
+        until(lambda: running.out().count('in step') >= 2, 60, running.log)
+        until_equal(source, far + '/src', 10, running=running)
+
+
+@pytest.mark.parametrize('mode', [0o300, 0o400])
+def test_a_source_that_cannot_be_listed_or_entered_is_not_one_that_was_emptied(tmp_path, fault_not_root, mode):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    for name in ('g', 'a/f'):
+        write(os.path.join(source, name), 'first')
+    shutil.copytree(source, far + '/src')
+    os.chmod(source, mode)
+    try:
+        once('--mirror', '--no-replicate-on-change', source, far, 'bash', expect=1)
+    finally:
+        os.chmod(source, 0o755)
+    assert option_paths(far + '/src') == ['a', 'a/f', 'g']
+
+
+def test_a_source_that_goes_is_not_taken_for_empty_by_a_new_connection(tmp_path):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    for number in range(3000):
+        write(source + '/%d/%d' % (number % 30, number), 'x')
+    os.mkdir(far)
+    with Running(tmp_path, source, far, 'dash') as running:
+        there = option_paths(far + '/src')
+        running.process.send_signal(signal.SIGSTOP)         # all of it is gone when it looks
+        shutil.rmtree(source)
+        running.process.send_signal(signal.SIGCONT)
+        running.says('is gone')
+        running.cut()
+        running.says('connected again')
+        with pytest.raises(BaseException):      # in two seconds nothing goes
+            until(lambda: option_paths(far + '/src') != there, 2)
+        write(source + '/back')
+        until(lambda: option_has(far + '/src', 'back'), 10, running.log)
+
+
+def test_a_mode_that_somebody_else_put_right_over_there_is_no_problem_any_more(tmp_path):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    for name in ('f', 'g'):
+        write(os.path.join(source, name), 'first')
+    os.mkdir(far)
+    connect = shell_command(tmp_path, 'dash')
+    fault_command(tmp_path / 'shims-dash', 'chmod', '#!/bin/sh\ncase "$*" in *f) [ -e %s/fine ] || { echo refused; exit 1; } ;; esac\n'
+                  'exec %s "$@"\n' % (tmp_path, need('chmod')))
+    with Running(tmp_path, source, far, *connect) as running:
+        os.chmod(source + '/f', 0o700)
+        running.says('not in step')
+        os.chmod(far + '/src/f', 0o700)
+        write(str(tmp_path / 'fine'))
+        running.cut()
+        until(lambda: running.out().endswith('in step\n') and running.out().count('in step') > 1, 10, running.log)
+
+
+def test_directories_deeper_than_a_program_may_call_itself_arrive_and_are_followed(tmp_path):
+    source, far, depth = str(tmp_path / 'src'), str(tmp_path / 'far'), 1100
+    os.mkdir(far)
+    at = source + '/d' * depth
+    os.makedirs(source)
+    subprocess.run(['mkdir', '-p', at], check=True)         # os.makedirs calls itself
+    with Running(tmp_path, source, far, 'dash') as running:
+        write(at + '/f', 'edited')
+        until(lambda: fault_holds(far, 'src' + '/d' * depth + '/f', b'edited'), 20, running.log)
+        os.remove(at + '/f')
+        running.cut()
+        until(lambda: not os.path.exists(far + '/src' + '/d' * depth + '/f'), 20, running.log)
+    subprocess.run(['rm', '-rf', source, far], check=True)
+
+
 def test_a_directory_that_cannot_be_listed_keeps_its_contents_over_there_when_it_is_renamed(tmp_path, fault_not_root):
     source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
     replica = far + '/src'
@@ -5027,6 +5247,111 @@ def test_the_exclude_file_of_a_linked_work_tree_is_taken_up_while_watching(tmp_p
         until(lambda: option_has(there, 'b.log'), 5, running.log)
 
 
+def test_rules_that_move_with_their_directory_are_taken_up(tmp_path):
+    source, there = option_source(tmp_path, 'a/x.log', 'b/x.log', 'b/k', 'c/secret', 'nested/f')
+    write(str(source / 'a/.gitignore'), '*.log\n')
+    write(str(source / 'd/.gitignore'), 'secret\n')
+    write(str(source / 'd/secret'), 'never sent')
+    git_init(source)
+    git_init(source / 'nested')
+    write(str(source / 'nested/.gitignore'), '*.log\n')
+    with option_watching(tmp_path) as running:
+        os.rename(str(source / 'a'), str(source / 'moved'))
+        os.rename(str(source / 'b'), str(source / 'a'))
+        until(lambda: option_has(there, 'a/x.log'), 10, running.log)
+        os.rename(str(source / 'c'), str(source / 'old'))
+        os.rename(str(source / 'd'), str(source / 'c'))
+        until(lambda: option_has(there, 'c/.gitignore', 'old/secret') and not option_has(there, 'd'), 10, running.log)
+        os.rename(str(source / 'nested'), str(source / 'nested2'))
+        until(lambda: option_has(there, 'nested2/f') and not option_has(there, 'nested/f'), 10, running.log)
+        write(str(source / 'nested/a.log'))
+        write(str(source / 'nested2/a.log'))
+        write(str(source / 'last'))
+        until(lambda: option_has(there, 'nested/a.log', 'last'), 10, running.log)
+        assert not option_has(there, 'nested2/a.log')
+        assert not option_has(there, 'c/secret') or (there / 'c/secret').read_bytes() == b'c/secret'
+
+
+def test_a_repository_that_comes_while_watching_has_its_own_rules(tmp_path):
+    source, there = option_source(tmp_path, 'plain/f', 'mine/f.tmp')
+    write(str(source / '.gitignore'), '*.log\n')
+    git_init(source)
+    other = tmp_path / 'other'
+    for name in ('.gitignore', 'f', 't.log', 'a.log'):
+        write(str(other / name), '*.log\n' if name == '.gitignore' else 'x')
+    git_init(other)
+    git(other, 'add', '-f', 'f', 't.log')
+    git_init(tmp_path / 'empty')
+    write(str(tmp_path / 'empty/.git/info/exclude'), '*.tmp\n')
+    with option_watching(tmp_path) as running:
+        git_init(source / 'plain')
+        os.rename(str(other), str(source / 'other'))
+        os.rename(str(tmp_path / 'empty/.git'), str(source / 'mine/.git'))
+        until(lambda: option_has(there, 'other/t.log'), 10, running.log)
+        write(str(source / 'plain/a.log'))
+        until(lambda: option_has(there, 'plain/a.log'), 10, running.log)
+        git(source / 'other', 'add', '-f', 'a.log')
+        git(source / 'other', 'rm', '-q', '--cached', 't.log')
+        write(str(source / 'plain/.git/info/exclude'), '*.o\n')
+        write(str(source / 'other/.git/info/exclude'), '*.o\n')
+        until(lambda: option_has(there, 'other/a.log'), 10, running.log)
+        write(str(source / 'other/t.log'), 'never sent')
+        for name in ('other/n.o', 'plain/n.o', 'other/last', 'plain/last'):
+            write(str(source / name))
+        until(lambda: option_has(there, 'other/last', 'plain/last'), 10, running.log)
+        assert (there / 'other/t.log').read_bytes() == b'x'
+        assert not option_has(there, 'other/n.o') and not option_has(there, 'plain/n.o')
+        assert option_has(there, 'mine/f.tmp') and 'removed mine' not in running.out(), 'it stays over there, untouched'
+
+
+def test_names_that_git_could_take_for_patterns_are_names(tmp_path):
+    source, there = option_source(tmp_path, 'a', ':(x)d.log/f', ':!e.log')
+    write(str(source / '.gitignore'), '*.log\n')
+    git_init(source)
+    with option_watching(tmp_path) as running:
+        for name in (':!b.log', ':(x).log', ':b', ':(top)'):
+            write(str(source / name))
+        write(str(source / 'last'))
+        until(lambda: option_has(there, 'last', ':b', ':(top)'), 10, running.log)
+        assert option_paths(there) == ['.gitignore', ':(top)', ':b', 'a', 'last']
+
+
+def test_a_source_that_is_a_link_into_a_work_tree_is_looked_at_as_git_does(tmp_path):
+    git_init(tmp_path / 'repository')
+    write(str(tmp_path / 'repository/.gitignore'), '*.log\n')
+    for name in ('a', 'a.log'):
+        write(str(tmp_path / 'repository/sub' / name))
+    os.symlink('repository/sub', str(tmp_path / 'src'))
+    (tmp_path / 'there').mkdir()
+    option_once(tmp_path)
+    assert option_paths(tmp_path / 'there/src') == ['a']
+
+
+def test_of_a_directory_that_is_moved_in_while_git_is_asked_nothing_ignored_is_sent(tmp_path):
+    source, there = option_source(tmp_path, 'a')
+    write(str(source / '.gitignore'), '*.log\n')
+    git_init(source)
+    for name in ('k', 'deep/er/y.log', 'y.log'):
+        write(str(tmp_path / 'project' / name))
+    time.sleep(0.2)                     # that it is old is the point
+    slow = tmp_path / 'path' / 'git'
+    write(str(slow), '#!/bin/sh\n%s "$@"; status=$?\ncase $* in *--others*) mv %s/project %s/ ;; esac 2>/dev/null\n'
+          'exit $status\n' % (need('git'), tmp_path, source), 0o755)
+    option_once(tmp_path, env={'PATH': '%s:%s' % (slow.parent, os.environ['PATH'])})
+    assert option_paths(there) == ['.gitignore', 'a', 'project', 'project/deep', 'project/deep/er', 'project/k']
+
+
+def test_a_repository_in_the_making_ends_nothing(tmp_path):
+    source, there = option_source(tmp_path, 'a', 'b.log')
+    write(str(source / '.gitignore'), '*.log\n')
+    git_init(source)
+    early = tmp_path / 'path' / 'git'
+    write(str(early), '#!/bin/sh\n[ -e %s/asked ] || { echo >%s/asked; echo "fatal: invalid gitfile format" >&2; exit 128; }\n'
+          'exec %s "$@"\n' % (tmp_path, tmp_path, need('git')), 0o755)
+    option_once(tmp_path, env={'PATH': '%s:%s' % (early.parent, os.environ['PATH'])})
+    assert option_paths(there) == ['.gitignore', 'a']
+
+
 def test_rules_that_stand_elsewhere_are_taken_up_while_watching(tmp_path):
     source, there = option_source(tmp_path, 'a.log', 'b.tmp')
     write(str(tmp_path / '.gitignore'), '*.log\n')
@@ -5791,6 +6116,134 @@ def test_colour_is_only_on_a_terminal_and_never_with_no_color(tmp_path, env, col
     _, out, seen = option_on_terminal(words, env)
     assert 'fifo' in seen and ('\033[33m' in seen) == coloured and '\033' not in out
     assert '\033' not in once(*words).stderr
+
+
+FAULT_ENDS_AT = '''
+at = os.path.dirname(os.path.abspath(sys.argv[0]))
+if os.path.exists(os.path.join(at, 'ended')):
+    os.execvp(sys.argv[2], sys.argv[2:])
+open(os.path.join(at, 'ended'), 'w').close()
+far = subprocess.Popen(sys.argv[2:], stdin=subprocess.PIPE, bufsize=0)
+while True:
+    data = os.read(0, 65536)
+    if not data or b'\\n' + sys.argv[1].encode() + b' ' in b'\\n' + data:
+        far.kill()
+        os._exit(9)
+    far.stdin.write(data)
+'''
+
+
+def fault_ends_at(tmp_path, verb, *far):
+    """A connection command that ends, the first time, just before a record of this kind is received."""
+    return [fault_python(tmp_path / 'ends', 'relay', FAULT_ENDS_AT), verb, *far]
+
+
+def test_a_replica_that_is_being_cleaned_out_when_the_connection_ends_is_cleaned_out_after_it(tmp_path):
+    source, there = option_source(tmp_path, 'f')
+    for number in range(300):
+        write(str(there / ('%d.o' % number)))
+        write(str(there / ('.git/%d' % number)))
+    done = once('--clean-out-first', '--exclude', '*.o', '--no-replicate-on-change', source, there.parent,
+                *fault_ends_at(tmp_path, 'remove', 'bash'))
+    assert 'connected again' in done.stderr and option_paths(there) == ['f']
+
+
+@pytest.mark.parametrize('watch', [True, False])
+def test_a_remote_hook_that_a_lost_connection_kept_from_running_runs_after_it(tmp_path, watch):
+    source, there = option_source(tmp_path, 'f', 'g')
+    words, read = option_hook(tmp_path, '--remote-hook')
+    words = [*words, source, there.parent, *fault_ends_at(tmp_path, 'hook', 'bash')]
+    if watch:
+        with Running(tmp_path, *words) as running:
+            until(read, 10, running.log)
+    else:
+        once('--no-replicate-on-change', *words)
+    assert [sorted(paths) for paths in read()] == [['f', 'g']]
+
+
+def test_what_a_remote_hook_prints_is_shown_as_it_is(tmp_path):
+    option_source(tmp_path, 'f')
+    said = ['main.c: 12: undefined x', 'run.sh: line 3: oops', 'backup: time stamp 17:00', '1+0 records in']
+    done = option_once(tmp_path, '--remote-hook', 'printf "%s\\n" ' + ' '.join(map(shlex.quote, said)))
+    assert all(line in done.stderr for line in said), done.stderr
+
+
+def test_without_initial_replication_a_change_of_the_mode_sends_what_was_never_the_same(tmp_path):
+    source, there = option_source(tmp_path)
+    write(str(source / 'f'), 'AAAA')
+    write(str(there / 'f'), 'BBBB', mtime_ns=10**18)
+    with option_watching(tmp_path, '--no-initial-replication') as running:
+        os.chmod(str(source / 'f'), 0o600)
+        until_equal(str(source), str(there), 10, running=running)
+
+
+def test_without_initial_replication_what_changes_while_no_connection_can_be_made_is_sent(tmp_path):
+    source, there = option_source(tmp_path, 'f')
+    write(str(there / 'f'), 'old')
+    far = fault_command(tmp_path / 'far', 'command', '#!/bin/sh\n[ ! -e %s/down ] || { echo >%s/tried; exit 1; }\nexec dash\n'
+                        % (tmp_path, tmp_path))
+    with Running(tmp_path, '--no-initial-replication', source, there.parent, far) as running:
+        write(str(tmp_path / 'down'))
+        running.cut()
+        write(str(tmp_path / 'new'), 'edited', mtime_ns=10**18)
+        os.rename(str(tmp_path / 'new'), str(source / 'f'))
+        write(str(source / '.gitignore'), '*.x\n')          # has everything looked at before the next connection
+        for _ in range(2):
+            until(lambda: os.path.exists(str(tmp_path / 'tried')), 20, running.log)
+            os.remove(str(tmp_path / 'tried'))
+        os.remove(str(tmp_path / 'down'))
+        until(lambda: fault_holds(str(there), 'f', b'edited'), 20, running.log)
+
+
+def test_mirror_keeps_an_empty_directory_that_is_left_out(tmp_path):
+    source, there = option_source(tmp_path, 'f', 'sub/')
+    for name in ('build', 'sub/data', 'gone'):
+        os.makedirs(str(there / name))
+    option_once(tmp_path, '--mirror', '--exclude', '/build/', '--exclude', 'sub/data/')
+    assert option_paths(there) == ['build', 'f', 'sub', 'sub/data']
+
+
+def test_nohup_keeps_it_running(tmp_path):
+    source, there = option_source(tmp_path, 'f')
+    with open(str(tmp_path / 'out'), 'wb') as out:
+        process = subprocess.Popen(['nohup', *command(source, there.parent, 'bash')], stdin=subprocess.DEVNULL, stdout=out,
+                                   stderr=subprocess.STDOUT)
+    try:
+        until(lambda: option_has(there, 'f'), 20)
+        process.send_signal(signal.SIGHUP)
+        write(str(source / 'g'))
+        until(lambda: option_has(there, 'g'), 10)
+        assert process.poll() is None
+    finally:
+        process.terminate()
+        assert process.wait(5) == 0
+
+
+def test_a_current_directory_that_is_gone_is_no_traceback(tmp_path):
+    source, there = option_source(tmp_path, 'f')
+    gone = tmp_path / 'gone'
+    gone.mkdir()
+    text = 'cd %s; rmdir %s; exec "$@"' % (gone, gone)
+    for place, status in ((source, 0), ('src', 2)):
+        words = command('--no-replicate-on-change', place, there.parent, 'bash')
+        done = subprocess.run(['sh', '-c', text, 'sh', *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, timeout=30)
+        assert done.returncode == status and b'Traceback' not in done.stderr, done
+        gone.mkdir()
+    assert b'current directory' in done.stderr and option_has(there, 'f')
+
+
+def test_once_is_over_though_a_large_file_is_written_all_the_time(tmp_path):
+    source, there = option_source(tmp_path, 'f')
+    write(str(source / 'log'), bytes(4 << 20))
+    writer = subprocess.Popen([sys.executable, '-c', 'import sys, time\nfile = open(sys.argv[1], "ab", 0)\nwhile True:\n'
+                               '    file.write(b"line\\n")\n    time.sleep(0.002)\n', str(source / 'log')])
+    try:
+        option_once(tmp_path, timeout=15)
+    finally:
+        writer.kill()
+        writer.wait()
+    assert option_has(there, 'f') and os.path.getsize(str(there / 'log')) >= 4 << 20
 
 
 @pytest.mark.parametrize('options', ['--no-replicate-on-change', ''])
