@@ -1329,12 +1329,14 @@ def looked_at(top):
 def test_names_that_are_gone_are_not_kept(tmp_path):
     write(str(tmp_path / 'src/base'))
     source = looked_at(str(tmp_path / 'src'))
+    kept = []                           # open, so that no inode's number is given anew
     for number in range(5):
         path = str(tmp_path / ('src/%d' % number))
         os.link(str(tmp_path / 'src/base'), path)
         os.link(str(tmp_path / 'src/base'), path + '.twin')
         os.rename(path + '.twin', str(tmp_path / 'src/saved'))
         write(path + '.save', b'%d' % number)
+        kept.append(open(path + '.save'))
         os.rename(path + '.save', str(tmp_path / 'src/saved'))
         write(path + '.new')
         source.listen()
@@ -1345,6 +1347,8 @@ def test_names_that_are_gone_are_not_kept(tmp_path):
         source.look()
     assert sorted(source.names.values()) == ['base', 'saved'] and not source.fresh - {'base', 'saved'}
     assert all(paths <= {'base'} for paths in source.twins.values())
+    for file in kept:
+        file.close()
 
 
 def look_again(source):
@@ -3876,13 +3880,15 @@ def test_directories_deeper_than_a_program_may_call_itself_arrive_and_are_follow
     at = source + '/d' * depth
     os.makedirs(source)
     subprocess.run(['mkdir', '-p', at], check=True)         # os.makedirs calls itself
-    with Running(tmp_path, source, far, 'dash') as running:
-        write(at + '/f', 'edited')
-        until(lambda: fault_holds(far, 'src' + '/d' * depth + '/f', b'edited'), 20, running.log)
-        os.remove(at + '/f')
-        running.cut()
-        until(lambda: not os.path.exists(far + '/src' + '/d' * depth + '/f'), 20, running.log)
-    subprocess.run(['rm', '-rf', source, far], check=True)
+    try:
+        with Running(tmp_path, source, far, 'dash') as running:
+            write(at + '/f', 'edited')
+            until(lambda: fault_holds(far, 'src' + '/d' * depth + '/f', b'edited'), 20, running.log)
+            os.remove(at + '/f')
+            running.cut()
+            until(lambda: not os.path.exists(far + '/src' + '/d' * depth + '/f'), 20, running.log)
+    finally:
+        subprocess.run(['rm', '-rf', source, far], check=True)      # nor can pytest remove it
 
 
 def test_a_directory_that_cannot_be_listed_keeps_its_contents_over_there_when_it_is_renamed(tmp_path, fault_not_root):
