@@ -3844,11 +3844,14 @@ def test_a_source_that_goes_is_not_taken_for_empty_by_a_new_connection(tmp_path)
         write(source + '/%d/%d' % (number % 30, number), 'x')
     os.mkdir(far)
     with Running(tmp_path, source, far, 'dash') as running:
-        there = option_paths(far + '/src')
-        running.process.send_signal(signal.SIGSTOP)         # all of it is gone when it looks
-        shutil.rmtree(source)
-        running.process.send_signal(signal.SIGCONT)
+        shutil.rmtree(source)           # it looks before that is over
         running.says('is gone')
+
+        def at_rest():                  # what it saw go before that goes over there
+            there = option_paths(far + '/src')
+            time.sleep(0.5)
+            return [there] if there == option_paths(far + '/src') else []
+        there = until(at_rest)[0]
         running.cut()
         running.says('connected again')
         with pytest.raises(BaseException):      # in two seconds nothing goes
@@ -6184,7 +6187,7 @@ def test_without_initial_replication_a_change_of_the_mode_sends_what_was_never_t
 
 
 def test_without_initial_replication_what_changes_while_no_connection_can_be_made_is_sent(tmp_path):
-    source, there = option_source(tmp_path, 'f')
+    source, there = option_source(tmp_path, 'f', 'y.x')
     write(str(there / 'f'), 'old')
     far = fault_command(tmp_path / 'far', 'command', '#!/bin/sh\n[ ! -e %s/down ] || { echo >%s/tried; exit 1; }\nexec dash\n'
                         % (tmp_path, tmp_path))
