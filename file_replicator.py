@@ -2806,7 +2806,7 @@ class Replica:
             os.close(fd)
 
     def send_again(self, path: str) -> bool:
-        """Has a file that changed while it was read sent again; where nobody watches, not without end. Whether
+        """Has a file that changed while it was read sent again; where nobody watches, not for ever. Whether
         it will be."""
         tries = self.unstable[path] = self.unstable.get(path, 0) + 1
         if not self.options.watch and tries >= UNSTABLE_MOST:

@@ -2838,6 +2838,9 @@ def test_what_a_failed_record_left_does_not_come_among_what_is_sent_next(tmp_pat
             until(lambda: 'no memory' in running.err(), 20, running.log)
             if os.path.exists(bad):
                 os.remove(bad)
+        # What a session could not remove at its end goes when the next one needs a staging.
+        until(lambda: running.out().endswith('in step\n') and len(fault_staging(far + '/src')) < 2, FAULT_ROOM_SECONDS, running.log)
+        write(source + '/large', bytes(2 << 20))
         until_equal(source, far + '/src', FAULT_ROOM_SECONDS, running=running)
 
 
