@@ -1318,9 +1318,8 @@ class Source:
                 found = {path: item for path, item in found.items()
                          if not self.left_out(path, is_directory(item))}
             for path in [path for path in before if path not in found]:
-                if path in self.left_out.ignored:       # by rules that came with a repository
-                    self.forget(path)
-                self.lose(path)
+                # left out: by rules that came with a repository
+                (self.forget if path in self.left_out.ignored else self.lose)(path)
             for path, item in found.items():
                 if self.see(path, item.stat):
                     stack.append(path)
