@@ -357,6 +357,7 @@ into() {
 do_hook() {
   scrap "$stage/hook"
   store "$stage/hook" || return 1
+  echo "$nonce + begun"
   (trap - 0 HUP INT TERM PIPE; unset FILE_REPLICATOR; umask 022; exec sh -c "$hook" <"$stage/hook") && return
   echo "it ended with status $?"
   return 1
@@ -535,7 +536,7 @@ main() {
     code=$?
     [ "$code" -lt 4 ] || code=1         # of a tool that was killed, or is not there
     case $code$verb in
-      1bulk) ;;                         # something may have been done elsewhere
+      1bulk | 1meta) ;;                 # done in part elsewhere, perhaps; and meta needs no such mode
       1*) [ -z "$checked" ] || ! closed "$checked" || code=2 ;;
     esac
     echo "$nonce $id $code"
@@ -972,6 +973,8 @@ class Watch:
                 self.give_up('there are more directories than inotify may watch (%d so far); raise '
                              'fs.inotify.max_user_watches, to react at once' % len(self.paths))
             return                      # gone or unreadable: who lists it will see that
+        if path.startswith('\0') and not self.paths.get(descriptor, path).startswith('\0'):
+            return                      # it is watched as a part of the tree
         if self.descriptors.get(path) != descriptor:
             self.forget(path)           # another stood there
             self.descriptors.pop(self.paths.get(descriptor), None)
@@ -1077,8 +1080,9 @@ class Source:
             comes_or_goes = comes or mask & (flags.DELETE | flags.MOVED_FROM)
             if comes_or_goes:
                 self.hint(directory, CONTENT if name == '.git' and self.left_out.ask_git else META)
-            # with it moved the rules in it, and the repositories
-            if is_directory and mask & (flags.MOVED_FROM | flags.MOVED_TO) and self.left_out.ask_git:
+            if self.left_out.ask_git and is_directory and (
+                    mask & flags.MOVED_TO and path in self.tree.inside
+                    or mask & flags.MOVED_FROM and self.holds_rules(path)):
                 self.rules_changed = True
             if name and self.left_out(path, is_directory):
                 if comes_or_goes:
@@ -1097,6 +1101,11 @@ class Source:
                           OPEN_SECONDS if self.tree.get(path) else NEW_SECONDS)
             else:
                 self.hint(path, META)
+
+    def holds_rules(self, path: str) -> bool:
+        """Whether a .gitignore or a repository is in a directory."""
+        return (any(below.endswith('/.gitignore') for below in self.tree.below(path))
+                or any((top + '/').startswith(path + '/') for top in self.left_out.git))
 
     def complete_at_birth(self, path: str) -> bool:
         """Whether what was just created will see no close of a writer: a link, or another name of a file."""
@@ -1125,17 +1134,18 @@ class Source:
             for path in [path for path in below if self.left_out(path, self.tree.is_directory(path))]:
                 self.forget(path)
             self.hints[''] = CONTENT
-        self.follow_rules(self.git_asked_ns)
+        self.follow_rules(self.git_asked_ns, self.left_out.git)
 
     def forget(self, path: str) -> None:
         """Takes note that a path became left out."""
         self.forgotten += [path, *self.tree.below(path)]
         self.lose(path)
 
-    def follow_rules(self, asked_ns: int) -> None:
-        """Watches where rules stand. Those that changed since git was asked for them have it asked again."""
-        for git in self.left_out.git.values():
-            for directory, name in itertools.product(git.rule_directories(), RULES):
+    def follow_rules(self, asked_ns: int, tops: Iterable[str]) -> None:
+        """Watches where the rules of these work trees stand. Those that changed since git was asked have it
+        asked again."""
+        for top in tops:
+            for directory, name in itertools.product(self.left_out.git[top].rule_directories(), RULES):
                 self.watch.follow('\0' + directory, directory)
                 with contextlib.suppress(OSError):
                     changed_ns = os.stat(os.path.join(directory, name)).st_ctime_ns
@@ -1257,9 +1267,10 @@ class Source:
             later = self.later.pop(below, (0, 0, 0))[2]
             self.changed[below] = max(LOOK, later, self.changed.get(below, 0))
             self.fresh.discard(below)
+            self.report.solved(below, 'look')
             self.forget_name(below)
         self.tree.put(path, None)
-        # what could not be looked at is gone too
+        # what could not be looked at in what could not be listed is gone too
         for stage, below in list(self.report.problems) if self.unlisted else ():
             if stage in ('look', 'list') and (below + '/').startswith(path + '/'):
                 self.report.solved(below, stage)
@@ -1308,7 +1319,7 @@ class Source:
             self.report.solved(directory, 'list')
             self.unlisted.discard(directory)
             if self.left_out.enter(directory, found):
-                self.follow_rules(self.now_ns)
+                self.follow_rules(self.now_ns, [directory])
             if self.left_out.git:       # which was just asked about all there was, if we began at the root
                 new = [path for path, item in found.items()
                        if path not in before and (top or directory in newer or self.is_newer(item))]
@@ -2347,7 +2358,7 @@ class Replica:
         self.settled: Dict[str, Entry] = {}         # directories whose mode and time the archive itself sets
         self.excused: Set[str] = set()              # what differed at a start without replication
         self.confirmed: Dict[str, None] = {}        # paths, since the hook last ran
-        self.unhooked: Dict[str, None] = {}         # and since the remote hook last answered
+        self.unhooked: Dict[str, None] = {}         # and since the remote hook last began
         self.last_sent: Dict[str, float] = {}       # for --update-interval
         self.drifts = 0                             # in a row, without coming into step
         self.begun = self.was_writable = self.is_staged = self.announced = False
@@ -2367,13 +2378,14 @@ class Replica:
             source.listen()
         connected()
         self.session = far.nonce
-        for path, why in source.look().items():
-            self.taking[path] = max(why, self.taking.get(path, 0))
-        while source.gone:              # what was seen of it may have been half of it
+        while True:
+            for path, why in source.look().items():
+                self.taking[path] = max(why, self.taking.get(path, 0))
+            if not source.gone:         # else what was seen of it may have been half of it
+                break
             if not options.watch:
                 raise Stop('%s went while it was looked at' % shown(source.root))
             far.turn(1)
-            self.taking.update(source.look())
         self.mounts.clear()
         self.remote = believe(self.listed(), source.tree, self.known, self.is_ours)
         if far.can:
@@ -2466,7 +2478,7 @@ class Replica:
         digest = hashlib.new(tool[:-3])
         try:
             with open_plain(self.source.full(path)) as file:
-                for block in iter(lambda: file.read(1 << 20), b''):
+                for block in iter(lambda: file.read(1 << 20) or b'', b''):
                     digest.update(block)
         except OSError:
             return ''
@@ -2490,6 +2502,8 @@ class Replica:
                 self.source.hint(path, CONTENT)
         for path in self.jobs:
             self.source.hint(path, CONTENT)
+        if self.far and 'begun' in self.far.values:     # a hook, which may have ended the connection itself
+            self.unhooked.clear()
         self.excused.difference_update(self.taking)
         for state in (self.taking, self.waiting, self.jobs, self.flying, self.answers, self.can):
             state.clear()
@@ -3042,8 +3056,7 @@ class Replica:
         return '%s %s%s' % (verb, shown(step.path), '/' if step.verb in ('dir', 'rmdir') else '')
 
     def run_hooks(self, hooks: Hooks) -> None:
-        """Runs the hooks if something was confirmed since they last ran, with the paths that were. A remote
-        hook that a lost connection left without an answer runs again."""
+        """Runs the hooks if something was confirmed since they last ran, with the paths that were."""
         here, there = (b''.join(os.fsencode(path) + b'\0' for path in paths)
                        for paths in (self.confirmed, self.unhooked))
         self.confirmed.clear()

@@ -3923,6 +3923,39 @@ def test_a_directory_that_cannot_be_listed_keeps_its_contents_over_there_when_it
         until_equal(source, replica, 20, running=running)
 
 
+def test_what_could_not_be_looked_at_and_is_gone_does_not_keep_it_out_of_step(tmp_path, fault_not_root):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    for name in ('x', 'y'):
+        write(source + '/d/' + name)
+    os.mkdir(far)
+    os.chmod(source + '/d', 0o444)
+    try:
+        with Running(tmp_path, source, far, 'bash', wait=False) as running:
+            running.says('not in step')
+            running.process.send_signal(signal.SIGSTOP)     # so that it sees both at once
+            os.chmod(source + '/d', 0o755)
+            os.remove(source + '/d/x')
+            running.process.send_signal(signal.SIGCONT)
+            until_equal(source, far + '/src', 10, running=running)
+            until(lambda: running.out().endswith('in step\n'), 10, running.log)
+    finally:
+        os.chmod(source + '/d', 0o755)
+
+
+@pytest.mark.parametrize('shell', ['bash', 'dash', 'busybox sh'])
+def test_a_time_that_cannot_be_set_below_a_closed_directory_is_no_change_over_there(fault_open, tmp_path, shell):
+    source, far = fault_open + '/src', fault_open + '/far'
+    connect = fault_other_user(fault_open, shell)
+    for root in (source, far + '/src'):
+        os.makedirs(root + '/d/sub')
+        os.utime(root + '/d/sub', (1, 10**9 + len(root)))
+        os.chmod(root + '/d', 0o555)
+    fault_give(far, far + '/src', far + '/src/d')
+    once('--no-replicate-on-change', source, far, *connect, expect=None)
+    with Running(tmp_path, source, far, *connect) as running:
+        assert 'changed over there' not in running.err(), running.err()
+
+
 def test_what_could_not_be_listed_and_is_gone_does_not_keep_it_out_of_step(tmp_path, fault_not_root):
     source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
     write(source + '/a')
@@ -5316,6 +5349,16 @@ def test_a_repository_that_comes_while_watching_has_its_own_rules(tmp_path):
         assert option_has(there, 'mine/f.tmp') and 'removed mine' not in running.out(), 'it stays over there, untouched'
 
 
+def test_a_repository_that_leads_nowhere_hides_no_change_above_it(tmp_path):
+    source, there = option_source(tmp_path, 'f', 'sub/g')
+    git_init(source)
+    os.symlink('/nonexistent/x', str(source / 'sub/.git'))
+    with option_watching(tmp_path) as running:
+        write(str(source / 'new'))
+        write(str(source / 'f'), 'edited')
+        until(lambda: option_has(there, 'new') and (there / 'f').read_bytes() == b'edited', 10, running.log)
+
+
 def test_names_that_git_could_take_for_patterns_are_names(tmp_path):
     source, there = option_source(tmp_path, 'a', ':(x)d.log/f', ':!e.log')
     write(str(source / '.gitignore'), '*.log\n')
@@ -6171,6 +6214,14 @@ def test_a_remote_hook_that_a_lost_connection_kept_from_running_runs_after_it(tm
     else:
         once('--no-replicate-on-change', *words)
     assert [sorted(paths) for paths in read()] == [['f', 'g']]
+
+
+@pytest.mark.parametrize('far', ['bash', 'dash', 'busybox sh'])
+def test_a_remote_hook_that_ends_its_connection_runs_once(tmp_path, far):
+    source, there = option_source(tmp_path, 'f')
+    once('--no-replicate-on-change', '--remote-hook', 'echo >>../runs; kill -9 $PPID', source, there.parent,
+         *shell_command(tmp_path, far), timeout=20)
+    assert (tmp_path / 'there/runs').read_bytes() == b'\n'
 
 
 def test_what_a_remote_hook_prints_is_shown_as_it_is(tmp_path):
