@@ -1108,11 +1108,15 @@ class Source:
                 or any((top + '/').startswith(path + '/') for top in self.left_out.git))
 
     def complete_at_birth(self, path: str) -> bool:
-        """Whether what was just created will see no close of a writer: a link, or another name of a file."""
+        """Whether what was just created will see no close of a writer: a link, or another name of a file.
+        What is written through that, which may be gone before we look, stands at the first name too."""
         try:
             status = os.lstat(self.full(path))
         except OSError:
             return True
+        first = self.names.get((status.st_dev, status.st_ino))
+        if status.st_nlink > 1 and first is not None:
+            self.hint(first, LOOK)
         return not stat.S_ISREG(status.st_mode) or status.st_nlink > 1
 
     def due(self, now: float) -> Optional[float]:

@@ -1356,6 +1356,18 @@ def look_again(source):
     return source.look()
 
 
+def test_what_was_written_through_another_name_that_went_before_we_looked_is_seen(tmp_path):
+    top = str(tmp_path / 'source')
+    write(top + '/f', 'first')
+    source = looked_at(top)
+    os.link(top + '/f', top + '/other')
+    with open(top + '/other', 'ab') as file:
+        file.write(b' and more')
+    source.listen()
+    os.remove(top + '/other')
+    assert 'f' in look_again(source) and source.tree.get('f').size == len('first and more')
+
+
 def test_another_name_of_a_file_and_a_change_through_it_are_seen_in_one_look(tmp_path):
     """An event tells only the name that was used: without the other one the older bytes would stay there."""
     top = str(tmp_path / 'source')
