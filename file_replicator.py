@@ -1356,6 +1356,15 @@ class Source:
             return True
         return False
 
+    def was_replaced(self) -> bool:
+        """Whether the root is not what was last looked at. inotify tells that it went only once nobody works
+        in it any more: so this is asked at each turn, at the latest with a heartbeat."""
+        try:
+            status = os.stat(self.root)
+        except OSError:
+            return not self.gone
+        return not self.gone and self.identity not in (None, (status.st_dev, status.st_ino))
+
     def root_is_there(self) -> bool:
         """Whether the source can be trusted to be what it was. One that is gone, or empty where another file
         system was, is not a source that was emptied: nothing is removed over there, and it is looked for
@@ -3147,6 +3156,8 @@ def keep_in_step(options: Options, source: Source, replica: Replica, hooks: Hook
         if polled and time.monotonic() >= next_look:
             source.hint_everything()
             next_look = time.monotonic() + poll_seconds
+        if source.was_replaced():
+            source.hint_everything()
         busy = False
         if not replica.answers:         # else it has to be known first what became of what was sent
             if (source.hints or source.rules_changed) and not replica.far.is_crowded():

@@ -3875,6 +3875,26 @@ def test_a_source_that_goes_is_not_taken_for_empty_by_a_new_connection(tmp_path)
         until(lambda: option_has(far + '/src', 'back'), 10, running.log)
 
 
+def test_a_source_that_is_made_anew_while_somebody_works_in_the_old_one_is_followed(tmp_path):
+    """As with rm -rf and git clone from a shell that stands in it: then inotify does not tell that it went."""
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/old')
+    os.mkdir(far)
+    with Running(tmp_path, source, far, 'bash') as running:
+        somebody = subprocess.Popen(['sleep', '60'], cwd=source)
+        try:
+            shutil.rmtree(source)
+            write(source + '/new', 'first')
+            until(lambda: fault_holds(far + '/src', 'new', b'first'), 30, running.log)
+            write(source + '/new', 'second')
+            until(lambda: fault_holds(far + '/src', 'new', b'second'), 10, running.log)
+            shutil.rmtree(source)
+            running.says('is gone')
+        finally:
+            somebody.kill()
+            somebody.wait()
+
+
 def test_a_mode_that_somebody_else_put_right_over_there_is_no_problem_any_more(tmp_path):
     source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
     for name in ('f', 'g'):
