@@ -101,7 +101,8 @@ leave() {
   exit 0
 }
 
-# Removes what this session made on the way. What stayed would come among what is made next.
+# Removes what this session made on the way. What stayed would come among what is made next. rm also fails in
+# a directory that we may not search, where we made nothing.
 scrap() {
   rm -rf "$@" 2>/dev/null && return
   for left; do ! stands "$left" || stop "cannot remove its own files"; done
@@ -562,6 +563,7 @@ QUIET_SECONDS = 0.2             # without another write before a file that is st
 OPEN_SECONDS, NEW_SECONDS = 0.9, 5      # but no longer than this: known files, files never sent
 RETRY_SECONDS, RETRY_MOST_SECONDS = 1, 30
 UNSTABLE_MOST = 12              # readings of a file that changes, where nobody watches
+GIT_TRIES = 3                   # with a tenth of a second between
 DRIFTS_MOST = 9                 # in a row: then what is not as it was listed is an error like any other
 POLL_SECONDS = 2                # between two looks at everything, where there is no inotify
 STAGING = re.compile(r'\.file_replicator\.[0-9a-f]{12}(-new)?')
@@ -670,6 +672,16 @@ class Tree:
 
 def parent(path: str) -> str:
     return path.rpartition('/')[0]
+
+
+def ancestors(path: str) -> Iterator[str]:
+    """The directories a path is in, the topmost first, without the root."""
+    return (path[:at.start()] for at in re.finditer('/', path))
+
+
+def is_below(path: str, directories: Iterable[str]) -> bool:
+    """Whether a path is in one of these directories, at any depth."""
+    return any(path.startswith(directory and directory + '/') for directory in directories)
 
 
 def shown(path: str) -> str:
@@ -883,9 +895,7 @@ class LeftOut:
 
     def within(self, path: str, is_directory: bool = False) -> bool:
         """Whether a path or anything above it is left out: for paths that stand only over there."""
-        parts = path.split('/')
-        return any(self('/'.join(parts[:n]), is_directory or n < len(parts))
-                   for n in range(1, len(parts) + 1))
+        return any(self(directory, True) for directory in ancestors(path)) or self(path, is_directory)
 
     def find_words(self) -> List[str]:
         """What the far side's find need not enter, as its words; only where they mean the same to find."""
@@ -907,7 +917,6 @@ class LeftOut:
 # ==== 4. Look: what stands here, and where to look again ====================================================
 
 KINDS = {stat.S_IFREG: 'f', stat.S_IFDIR: 'd', stat.S_IFLNK: 'l'}  # all else is 's': a socket, FIFO or device
-GIT_TRIES = 3                   # with a tenth of a second between
 TICK_NS = 50 * 10**6            # by which the time of a file may lag behind the clock, at most
 # of git's own directory, and of those above the root; the last two come with a new repository
 RULES = '.gitignore', 'exclude', 'index', 'HEAD', 'info'
@@ -1080,6 +1089,7 @@ class Source:
             comes_or_goes = comes or mask & (flags.DELETE | flags.MOVED_FROM)
             if comes_or_goes:
                 self.hint(directory, CONTENT if name == '.git' and self.left_out.ask_git else META)
+            # with it moved the rules that stand in it, or came to where others stood
             if self.left_out.ask_git and is_directory and (
                     mask & flags.MOVED_TO and path in self.tree.inside
                     or mask & flags.MOVED_FROM and self.holds_rules(path)):
@@ -1359,23 +1369,24 @@ class Source:
     def was_replaced(self) -> bool:
         """Whether the root is not what was last looked at. inotify tells that it went only once nobody works
         in it any more: so this is asked at each turn, at the latest with a heartbeat."""
-        try:
+        return not self.gone and self.identity not in (None, self.root_identity())
+
+    def root_identity(self) -> Optional[Tuple[int, int]]:
+        """The root's device and inode; None if there is no directory."""
+        with contextlib.suppress(OSError):
             status = os.stat(self.root)
-        except OSError:
-            return not self.gone
-        return not self.gone and self.identity not in (None, (status.st_dev, status.st_ino))
+            if stat.S_ISDIR(status.st_mode):
+                return status.st_dev, status.st_ino
+        return None
 
     def root_is_there(self) -> bool:
         """Whether the source can be trusted to be what it was. One that is gone, or empty where another file
         system was, is not a source that was emptied: nothing is removed over there, and it is looked for
         every second."""
-        try:
-            status = os.stat(self.root)
-            identity = status.st_dev, status.st_ino
-            there = stat.S_ISDIR(status.st_mode) and (self.identity in (None, identity)
-                                                      or bool(os.listdir(self.root)))
-        except OSError:
-            there = False
+        identity, there = self.root_identity(), False
+        with contextlib.suppress(OSError):
+            there = identity is not None and (self.identity in (None, identity)
+                                              or bool(os.listdir(self.root)))
         if not there:
             self.report.problem('', 'is gone, or empty and not what it was: nothing is removed over there, '
                                 'and it is replicated again once it is back', 'root')
@@ -1549,12 +1560,12 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
             more = {*remote.below(path), *local.below(path)}
             for below in remote.below(path):
                 inode = remote.get(below).inode
-                if inode in movable:
+                if inode in movable and movable[inode] == old + below[len(path):]:
                     movable[inode] = below
             for below in more:
                 paths[below] = max(paths.get(below, 0), LOOK, hints.get(old + below[len(path):], 0))
                 if local.get(below) is None:
-                    if any(below.startswith(directory + '/') for directory in unlisted):
+                    if is_below(below, unlisted):
                         remote.put(below, None)
                     else:
                         gone.add(below)
@@ -2434,10 +2445,9 @@ class Replica:
                 continue
             if path.startswith(staging):
                 continue
-            if unlisted and self.source.tree.get(path) is None and any(
-                    path.startswith(directory and directory + '/') for directory in unlisted):
+            if unlisted and self.source.tree.get(path) is None and is_below(path, unlisted):
                 continue                # what could not be read here is not what is not here
-            if mounts and (path in mounts or self.is_mounted(path)) and self.source.tree.get(path) is None:
+            if mounts and (path in mounts or is_below(path, mounts)) and self.source.tree.get(path) is None:
                 continue                # nothing that is mounted is removed
             if root_device is None:
                 root_device = device
@@ -2453,11 +2463,6 @@ class Replica:
             self.source.left_out.ask([path], gone=True)
         return (entry.kind != 'd' and bool(STAGING.fullmatch(path.rpartition('/')[2]))
                 or self.options.mirror and not self.source.left_out.within(path, entry.kind == 'd'))
-
-    def is_mounted(self, path: str) -> bool:
-        """Whether a path is on another file system than the replica's root: nothing is renamed to there from
-        the staging."""
-        return any(path.startswith(mount + '/') for mount in self.mounts)
 
     def compare(self, hints: Dict[str, int]) -> None:
         """Adds a hint for each path that differs. RACE: a file changed within the same tick as we looked may
@@ -2730,7 +2735,7 @@ class Replica:
                     step, data = read
             unknown = step.before is not None and step.before.kind == '?'
             alone = (name != '-' or unknown or step.path in self.tries
-                     or self.mounts and self.is_mounted(step.path)
+                     or self.mounts and is_below(step.path, self.mounts)     # no rename leads there
                      or not 0 <= (step.entry.mtime_ns or 0) < 8 * 10**18)       # the times that tar knows
             if alone or size >= most or len(batch) >= BULK_PATHS:
                 self.send_batch(batch)
@@ -3027,10 +3032,9 @@ class Replica:
 
     def still_there(self, path: str) -> None:
         """Takes back the belief in a removal, and in those of the directories above it."""
-        parts = path.split('/')
-        for above in map('/'.join, (parts[:n] for n in range(1, len(parts)))):
-            if not self.remote.is_directory(above):
-                self.remote.put(above, Entry('d', 0o700))
+        for directory in ancestors(path):
+            if not self.remote.is_directory(directory):
+                self.remote.put(directory, Entry('d', 0o700))
         if self.remote.get(path) is None:
             self.remote.put(path, UNKNOWN)
 
@@ -3070,14 +3074,15 @@ class Replica:
 
     def run_hooks(self, hooks: Hooks) -> None:
         """Runs the hooks if something was confirmed since they last ran, with the paths that were."""
-        here, there = (b''.join(os.fsencode(path) + b'\0' for path in paths)
-                       for paths in (self.confirmed, self.unhooked))
+        def names(paths: Iterable[str]) -> bytes:
+            return b''.join(os.fsencode(path) + b'\0' for path in paths)
+
+        if self.confirmed and self.options.hook:
+            hooks.queue.put(names(self.confirmed))
         self.confirmed.clear()
-        if here and self.options.hook:
-            hooks.queue.put(here)
-        if there and self.options.remote_hook:
+        if self.unhooked and self.options.remote_hook:
             self.stage()
-            self.far.send('hook', (), (), [there], self.remote_hook_ended)
+            self.far.send('hook', (), (), [names(self.unhooked)], self.remote_hook_ended)
         else:
             self.unhooked.clear()
 

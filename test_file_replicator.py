@@ -5421,10 +5421,8 @@ def test_of_a_directory_that_is_moved_in_while_git_is_asked_nothing_ignored_is_s
     for name in ('k', 'deep/er/y.log', 'y.log'):
         write(str(tmp_path / 'project' / name))
     time.sleep(0.2)                     # that it is old is the point
-    slow = tmp_path / 'path' / 'git'
-    write(str(slow), '#!/bin/sh\n%s "$@"; status=$?\ncase $* in *--others*) mv %s/project %s/ ;; esac 2>/dev/null\n'
-          'exit $status\n' % (need('git'), tmp_path, source), 0o755)
-    option_once(tmp_path, env={'PATH': '%s:%s' % (slow.parent, os.environ['PATH'])})
+    env = option_git(tmp_path, '%%s; case $* in *--others*) mv %s/project %s/ ;; esac 2>/dev/null' % (tmp_path, source))
+    option_once(tmp_path, env=env)
     assert option_paths(there) == ['.gitignore', 'a', 'project', 'project/deep', 'project/deep/er', 'project/k']
 
 
@@ -5432,10 +5430,9 @@ def test_a_repository_in_the_making_ends_nothing(tmp_path):
     source, there = option_source(tmp_path, 'a', 'b.log')
     write(str(source / '.gitignore'), '*.log\n')
     git_init(source)
-    early = tmp_path / 'path' / 'git'
-    write(str(early), '#!/bin/sh\n[ -e %s/asked ] || { echo >%s/asked; echo "fatal: invalid gitfile format" >&2; exit 128; }\n'
-          'exec %s "$@"\n' % (tmp_path, tmp_path, need('git')), 0o755)
-    option_once(tmp_path, env={'PATH': '%s:%s' % (early.parent, os.environ['PATH'])})
+    env = option_git(tmp_path, '[ -e %s/asked ] || { echo >%s/asked; echo "fatal: invalid gitfile format" >&2; exit 128; }; %%s'
+                     % (tmp_path, tmp_path))
+    option_once(tmp_path, env=env)
     assert option_paths(there) == ['.gitignore', 'a']
 
 
@@ -5518,6 +5515,13 @@ def test_ignored_directories_are_neither_listed_nor_watched(tmp_path):
     assert option_paths(there) == ['.gitignore', 'a', 'a/b', 'a/b/c']
 
 
+def option_git(tmp_path, text):
+    """An environment where git is these commands, in which %s is the real one, run with git's words."""
+    write(str(tmp_path / 'path/git'), '#!/bin/sh\nstatus=0\n%s\nexit $status\n' % (
+        text % ('{ %s "$@"; status=$?; }' % need('git'))), 0o755)
+    return {'PATH': '%s:%s' % (tmp_path / 'path', os.environ['PATH'])}
+
+
 def option_path_without_git(tmp_path):
     tools = tmp_path / 'tools'
     tools.mkdir()
@@ -5532,10 +5536,9 @@ def test_what_comes_while_git_is_asked_is_left_out_as_what_was_there(tmp_path):
     source, there = option_source(tmp_path, 'a', 'd/b')
     write(str(source / '.gitignore'), 'build\n*.o\n')
     git_init(source)
-    slow = tmp_path / 'path' / 'git'
-    write(str(slow), '#!/bin/sh\n%s "$@"; status=$?\ncase $* in *--others*) cd %s; mkdir -p build d/build; echo >build/in; '
-          'echo >d/build/in; echo >e.o; echo >d/e.o; echo >new ;; esac\nexit $status\n' % (need('git'), source), 0o755)
-    with option_watching(tmp_path, env={'PATH': '%s:%s' % (slow.parent, os.environ['PATH'])}) as running:
+    env = option_git(tmp_path, '%%s; case $* in *--others*) cd %s; mkdir -p build d/build; echo >build/in; '
+                     'echo >d/build/in; echo >e.o; echo >d/e.o; echo >new ;; esac' % source)
+    with option_watching(tmp_path, env=env) as running:
         until(lambda: option_has(there, 'new'), 5, running.log)
         running.in_step()
         assert option_paths(there) == ['.gitignore', 'a', 'd', 'd/b', 'new']
@@ -5545,10 +5548,9 @@ def test_a_gitignore_that_changes_while_git_is_asked_is_taken_up(tmp_path):
     source, there = option_source(tmp_path, 'a', 'd/late')
     write(str(source / '.gitignore'), '*.o\n')
     git_init(source)
-    slow = tmp_path / 'path' / 'git'
-    write(str(slow), '#!/bin/sh\n%s "$@"; status=$?\ncase $* in *--others*) cd %s; grep -q late .gitignore || echo late >>.gitignore'
-          ' ;; esac\nexit $status\n' % (need('git'), source), 0o755)
-    with option_watching(tmp_path, env={'PATH': '%s:%s' % (slow.parent, os.environ['PATH'])}) as running:
+    env = option_git(tmp_path, '%%s; case $* in *--others*) cd %s; grep -q late .gitignore || echo late >>.gitignore ;; esac'
+                     % source)
+    with option_watching(tmp_path, env=env) as running:
         assert option_paths(there) == ['.gitignore', 'a', 'd'], running.log()
 
 
