@@ -372,12 +372,22 @@ do_beat() { :; }
 # instead of writing them.
 do_stage() {
   [ -z "$staged" ] || return 0
-  for old in ./.file_replicator.????????????; do
-    case ${old#./.file_replicator.} in *[!0-9a-f]*) ;; *) rm -rf "$old" ;; esac
-  done
   umask 077
-  mkdir "$stage" && staged=1
+  mkdir "$stage" 2>/dev/null && staged=1        # before others go: of two that come at once, one must notice
+  for old in ./.file_replicator.????????????; do
+    case ${old#./.file_replicator.} in
+      "$nonce" | *[!0-9a-f]*) ;;
+      *)
+        mv "$old" "$stage/old" 2>/dev/null      # since rm alone fails where somebody still writes
+        rm -rf "$old" "$stage/old"
+        ;;
+    esac
+  done
+  [ -n "$staged" ] || mkdir "$stage" && staged=1        # on a full disk another one had taken the room
 }
+
+# Ends the session whose staging another one took away.
+keep_stage() { [ -z "$staged" ] || [ -d "$stage" ] || stop "its staging was taken away"; }
 
 # rest: removes the staging, until there is more to do.
 do_rest() { rm -rf "$stage" && staged=''; }
@@ -517,7 +527,7 @@ main() {
   trap leave 0 HUP INT TERM PIPE
   echo
   echo "$nonce ready"
-  case $flags in *d*) ;; *) ! empty || do_probe || stop "cannot write there" ;; esac
+  case $flags in *d*) ;; *) ! empty || do_probe || { keep_stage; stop "cannot write there"; } ;; esac
   list_mounts
   list "$@"
   case $flags in *c*) list_sums "$@" ;; esac
@@ -531,10 +541,11 @@ main() {
     done
     read -r length || leave
     at_home || stop "the replica is gone"
-    [ -z "$staged" ] || [ -d "$stage" ] || stop "its staging was taken away"
+    keep_stage
     checked='' temp=''
     "do_$verb" "$@"
     code=$?
+    [ "$code" = 0 ] || keep_stage
     [ "$code" -lt 4 ] || code=1         # of a tool that was killed, or is not there
     case $code$verb in
       1bulk | 1meta) ;;                 # done in part elsewhere, perhaps; and meta needs no such mode

@@ -3369,8 +3369,8 @@ def test_two_that_replicate_to_the_same_place_are_noticed_and_one_ends(tmp_path)
     os.mkdir(far)
     with Running(tmp_path, sources[0], far, 'dash') as one, Running(tmp_path, sources[1], far, 'dash', wait=False) as two:
         def ended():
-            for source in sources:
-                for i in range(9):
+            for i in range(100):        # so many that both have a staging at the same time before long
+                for source in sources:
                     write('%s/%d' % (source, i), '%f' % time.monotonic())
             return [each for each in (one, two) if each.process.poll() is not None]
         first = until(ended, 60, lambda: one.log() + two.log())[0]
@@ -3688,7 +3688,7 @@ FAULT_STARTS = {
     'names of ours': 'nonce=x root=/ stage=/tmp temp=/etc/passwd staged=1 hook=false R=x p=/ line=/; '
                      'export nonce root stage temp staged hook R p line; exec {shell}',
     'no environment': 'exec env -i {shell}', 'closed standard error': 'exec {shell} 2>&-', 'a gone directory':
-        'mkdir {prints}.d; cd {prints}.d; rmdir {prints}.d; exec {shell}',
+        'mkdir {prints}.d && cd {prints}.d && rmdir {prints}.d && exec {shell}',
 }
 
 
@@ -3702,7 +3702,7 @@ def test_a_shell_started_in_a_strange_way_is_right_all_the_same(tmp_path, shell)
         source, far = str(tmp_path / name / 'src'), str(tmp_path / name / 'far')
         prints = fault_command(tmp_path / name, 'prints', 'echo printed; set -u; alias mv=false rm=false dd=false cd=false\n')
         fault_all_records(source, far + '/src')
-        text = FAULT_STARTS[name].format(shell=path, prints=prints)
+        text = FAULT_STARTS[name].format(shell=path, prints=shlex.quote(prints))
         done = once('--mirror', '--no-replicate-on-change', source, far, *connect, '-c', text)
         assert not difference(source, far + '/src') and not done.stderr, done.stderr
         write(source + '/more', 'one more', 0o640)
