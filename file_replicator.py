@@ -67,7 +67,7 @@ __version__ = '1.0'
 #     part    where name               0, a part of a large file      goes to a staged file
 #     base    name blocks size bytes   1                              stages what stands there, says its sums
 #     drop    name                     0                              forgets a staged file
-#     dir     umask                    1                              makes a directory
+#     dir     mode                     1                              makes a directory
 #     link    time                     2: its target and a dot, path  replaces a symbolic link
 #     meta    mode time                1 or more                      sets them; - is neither
 #     remove                           1 or more                      removes files and links
@@ -190,14 +190,20 @@ clear_way() { [ ! -d "$1" ] || if [ -h "$1" ]; then rm -f "$1"; else rmdir "$1";
 # Makes way at $1 for what could not be put there: busybox's mv replaces no link that it cannot follow.
 clear_link() { [ ! -h "$1" ] || rm -f "$1"; }
 
-# Puts $temp at $1, in one rename. A file that is a mount point cannot be renamed over: it is written.
+# Puts $temp at $1, in one rename. A file that is a mount point cannot be renamed over: it is written; a link
+# has no bytes, and cat would read what it leads to.
 put() {
   if clear_way "$1"; then
     mv -f "$temp" "$1" 2>/dev/null && return
     clear_link "$1"
     said=$(mv -f "$temp" "$1" 2>&1) && return
     case $said in
-      *[Bb]usy*) [ -f "$1" ] && [ ! -h "$1" ] && cat "$temp" >"$1" && scrap "$temp" && return ;;
+      *[Bb]usy*)
+        if [ -f "$1" ] && [ ! -h "$1" ] && [ ! -h "$temp" ]; then
+          chmod "$(stat -c %a "$temp")" "$1" || refused=3
+          cat "$temp" >"$1" && scrap "$temp" && return
+        fi
+        ;;
     esac
     echo "$said"
   fi
@@ -218,13 +224,19 @@ stamp() {
 
 # file UMASK MODE TIME NAME: replaces what is at the path by the bytes (NAME is -), or by the staged file
 # NAME. It is made beside its place, under a name of ours, so that it gets there by a rename on whatever file
-# system that is; the umask has it readable for nobody who may not read it in the end.
+# system that is; the umask has it readable for nobody who may not read it in the end. Where a default ACL
+# rules, a umask does nothing.
 do_file() {
   solid "$1" || { skip; return 2; }
   umask "$w1"
-  temp=${1%/*}/$mark
-  if [ "$w4" = - ]; then store "$temp"; else mv -f "$stage/$w4" "$temp"; fi || { scrap "$temp"; return 1; }
-  refused=0
+  temp=${1%/*}/$mark refused=0
+  if [ "$w4" = - ]; then
+    [ -z "$acl" ] || { : >"$temp"; chmod 600 "$temp"; }
+    store "$temp"
+  else
+    [ -z "$acl" ] || chmod 600 "$stage/$w4"
+    mv -f "$stage/$w4" "$temp"
+  fi || { scrap "$temp"; return 1; }
   [ "$w2" = - ] || chmod "$w2" "$temp" || refused=3
   put "$1" || return 1
   stamp - "$w3" "$1" || refused=3
@@ -262,13 +274,12 @@ do_base() {
 # drop NAME: forgets the staged file NAME.
 do_drop() { rm -f "$stage/$w1"; }
 
-# dir UMASK: makes a directory. What is in the way and is none goes.
+# dir MODE: makes a directory. What is in the way and is none goes.
 do_dir() {
   solid "$1" || return 2
-  umask "$w1"
-  [ ! -h "$1" ] && [ -d "$1" ] && return
+  if [ ! -h "$1" ] && [ -d "$1" ]; then chmod "$w1" "$1" || return 3; return 0; fi
   ! stands "$1" || rm -f "$1" || return 1
-  mkdir "$1" || return 1
+  mkdir -m "$w1" "$1" || return 1
   [ ! -g "$1" ] || chmod g-s "$1"
 }
 
@@ -359,7 +370,12 @@ do_hook() {
   scrap "$stage/hook"
   store "$stage/hook" || return 1
   echo "$nonce + begun"
-  (trap - 0 HUP INT TERM PIPE; unset FILE_REPLICATOR; umask 022; exec sh -c "$hook" <"$stage/hook") && return
+  (
+    trap - 0 HUP INT TERM PIPE
+    unset FILE_REPLICATOR
+    umask 022
+    LC_ALL=$locale exec sh -c "$hook" <"$stage/hook"
+  ) && return
   echo "it ended with status $?"
   return 1
 }
@@ -373,7 +389,7 @@ do_beat() { :; }
 do_stage() {
   [ -z "$staged" ] || return 0
   umask 077
-  mkdir "$stage" 2>/dev/null && staged=1        # before others go: of two that come at once, one must notice
+  mkdir -m 700 "$stage" 2>/dev/null && staged=1         # before others go: of two at once, one must notice
   for old in ./.file_replicator.????????????; do
     case ${old#./.file_replicator.} in
       "$nonce" | *[!0-9a-f]*) ;;
@@ -383,7 +399,7 @@ do_stage() {
         ;;
     esac
   done
-  [ -n "$staged" ] || mkdir "$stage" && staged=1        # on a full disk another one had taken the room
+  [ -n "$staged" ] || mkdir -m 700 "$stage" && staged=1         # on a full disk another one took the room
 }
 
 # Ends the session whose staging another one took away.
@@ -395,12 +411,15 @@ do_rest() { rm -rf "$stage" && staged=''; }
 # probe: makes the staging and says what this side can do, found out by use.
 do_probe() {
   do_stage || return 1
+  many=x                                # 131072 of them, and a newline
+  for _ in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17; do many=$many$many; done
   for taker in 1 2 3 4 5; do
-    dd if=/dev/zero bs=70001 count=1 2>/dev/null | { take 70000 2>/dev/null | wc -c; wc -c; } |
-      { read -r a && read -r b && [ "$a$b" = 700001 ]; } && break
+    echo "$many" | { take 70000 2>/dev/null | wc -c; wc -c; } |
+      { read -r a && read -r b && [ "$a$b" = 7000061073 ]; } && break
   done
   mkdir "$stage/p" || return 1
-  echo probe >"$stage/p/p" || return 1
+  case $(stat -c %a "$stage/p") in *700) acl='' ;; *) acl=acl ;; esac
+  { echo probe >"$stage/p/p"; } 2>/dev/null     # not on a full disk, but what is to go can go
   fine=fine
   if ! touch -d @1.5 "$stage/p" 2>/dev/null; then
     if find_tool touch && "$found" -d @1.5 "$stage/p" 2>/dev/null; then touch=$found; else fine=whole; fi
@@ -408,13 +427,15 @@ do_probe() {
   touch -d @1 "$stage/p"
   ! find_tool tar || tar=$found
   can=script
-  if (cd "$stage" && "$tar" cf - p | { mkdir x && cd x && "$tar" xpof - && [ -s p/p ]; }) 2>/dev/null; then
+  # busybox's sets no times of directories; GNU's takes a default ACL for the mode
+  if [ -z "$acl" ] &&
+     (cd "$stage" && "$tar" cf - p | { mkdir x && cd x && "$tar" xpof - && [ -s p/p ]; }) 2>/dev/null; then
     can='tar'
     [ "$(stat -c %Y "$stage/x/p")" != 1 ] || can=tar+
   fi
   find_sum
   rm -rf "$stage/x" "$stage/p"
-  echo "$nonce + $can $fine $sum $taker"
+  echo "$nonce + $can $fine $sum ${acl:--}"
 }
 
 # Sets found to the file of the tool $1 in PATH. A standalone busybox uses its own tools and never looks
@@ -439,20 +460,36 @@ find_sum() {
 list() {
   find_tool find || found="find"
   if "$found" . -maxdepth 0 -printf '' 2>/dev/null; then
-    "$found" . "$@" -printf "$nonce %y %m %s %T@ %D %p//%l.\n"
+    "$found" . "$@" -printf "$nonce %y %m %s %T@ %D %p//%l.\n" || was_killed $?
   else
-    find . "$@" ! -type l -exec stat -c "$nonce x%f - %s %Y %d %n//." {} +
+    find . "$@" ! -type l -exec stat -c "$nonce x%f - %s %Y %d %n//." {} + || was_killed $?
     # shellcheck disable=SC2016 # the inner shell expands it
     find . "$@" -type l -exec sh -c 'for l; do
       printf "%s %s %s//%s\n" "$0" "$(stat -c "x%f - %s %Y %d" "$l")" "$l" "$(readlink -n "$l"; echo .)"
-    done' "$nonce" {} +
+    done' "$nonce" {} + || was_killed $?
   fi 2>/dev/null
 }
 
-# Lists what is mounted in the replica: nothing there is removed. A bind mount shows in no other way.
+# Ends the session if find, which ended with the status $1, did not come to its end: what it did not list
+# would be taken not to be there. What it cannot enter is no reason.
+was_killed() { [ "$1" -lt 126 ] || stop "find, which lists the replica, ended with status $1"; }
+
+# Lists what is mounted in the replica: nothing there is removed. A bind mount shows in no other way. In
+# /proc blanks and the like are written in octal.
 list_mounts() {
+  left=$root here=''
+  while [ -n "$left" ]; do
+    case $left in
+      ' '*) here=$here'\040' ;;
+      '	'*) here=$here'\011' ;;
+      "$newline"*) here=$here'\012' ;;
+      \\*) here=$here'\134' ;;
+      *) here=$here${left%"${left#?}"} ;;
+    esac
+    left=${left#?}
+  done
   while read -r _ at _; do
-    case $at in "$root"/*) echo "$nonce m 0 0 0 0 .${at#"$root"}//." ;; esac
+    case $at in "$here"/*) printf '%s m 0 0 0 0 .%s//.\n' "$nonce" "${at#"$here"}" ;; esac
   done 2>/dev/null </proc/self/mounts
 }
 
@@ -483,8 +520,6 @@ main() {
   newline='
 '
   set +e +f +u +C
-  LC_ALL=C
-  export LC_ALL
   unset CDPATH TAR_OPTIONS
   # Of what was there only whole paths stay: no file of the replica may be taken for a tool.
   rest=$PATH: whole=''
@@ -502,18 +537,20 @@ main() {
     ! command -v dash >/dev/null || exec dash -c "$1" -
     exec sh -c "$1" -
   fi
+  locale=$LC_ALL LC_ALL=C
+  export LC_ALL
   nonce=$2 root=$3 flags=$4 hook=$5
   [ ! -t 0 ] || stop "the connection goes through a terminal, which changes bytes; leave out -t"
   [ "$6" = - ] || end_session "$6"
   FILE_REPLICATOR=$nonce
   export FILE_REPLICATOR
   shift 6
-  mark=.file_replicator.$nonce-new stage=./.file_replicator.$nonce staged='' temp='' root_time=''
+  mark=.file_replicator.$nonce-new stage=./.file_replicator.$nonce staged='' temp='' acl='' root_time=''
   touch='touch' tar='tar'
   exec 2>&1
   if [ -h "$root" ] || [ ! -d "$root" ]; then
     case $flags in *d*) echo; echo "$nonce ready"; echo "$nonce listed"; exit ;; esac
-    ! stands "$root" || rm -f "$root" || stop "cannot replace it"
+    ! stands "$root" || rm -f "$root" || stop "cannot remove what stands where the replica is to be"
     mkdir -p "$root" || stop "cannot make the directory"
   fi
   cd "$root" || stop "cannot enter the directory"
@@ -545,7 +582,7 @@ main() {
     checked='' temp=''
     "do_$verb" "$@"
     code=$?
-    [ "$code" = 0 ] || keep_stage
+    keep_stage
     [ "$code" -lt 4 ] || code=1         # of a tool that was killed, or is not there
     case $code$verb in
       1bulk | 1meta) ;;                 # done in part elsewhere, perhaps; and meta needs no such mode
@@ -575,6 +612,7 @@ OPEN_SECONDS, NEW_SECONDS = 0.9, 5      # but no longer than this: known files, 
 RETRY_SECONDS, RETRY_MOST_SECONDS = 1, 30
 UNSTABLE_MOST = 12              # readings of a file that changes, where nobody watches
 GIT_TRIES = 3                   # with a tenth of a second between
+TIME_UNITS = 100, 10**3, 10**6, 10**9   # nanoseconds: what some file systems and tools round times down to
 DRIFTS_MOST = 9                 # in a row: then what is not as it was listed is an error like any other
 POLL_SECONDS = 2                # between two looks at everything, where there is no inotify
 STAGING = re.compile(r'\.file_replicator\.[0-9a-f]{12}(-new)?')
@@ -732,11 +770,15 @@ def pattern_regex(pattern: str) -> Tuple[Pattern, bool]:
 def empty_repository() -> Any:
     """Git reads a .gitignore only where there is a repository: this is one, elsewhere, until we end."""
     import tempfile
-    top = tempfile.TemporaryDirectory(prefix='file_replicator.git.')
-    for name in ('objects', 'refs'):
-        os.mkdir(os.path.join(top.name, name))
-    with open(os.path.join(top.name, 'HEAD'), 'w') as file:
-        file.write('ref: refs/heads/none\n')
+    try:
+        top = tempfile.TemporaryDirectory(prefix='file_replicator.git.')
+        for name in ('objects', 'refs'):
+            os.mkdir(os.path.join(top.name, name))
+        with open(os.path.join(top.name, 'HEAD'), 'w') as file:
+            file.write('ref: refs/heads/none\n')
+    except OSError as error:
+        raise Stop('git cannot be asked what to leave out, since that needs a directory for temporary files: '
+                   '%s; set TMPDIR, or use --no-gitignore' % error)
     return top
 
 
@@ -746,7 +788,7 @@ class Git:
     def __init__(self, top: str):
         self.top = os.path.abspath(top)
         self.environment = {name: value for name, value in os.environ.items()
-                            if not name.startswith('GIT_') or name == 'GIT_CONFIG_GLOBAL'}
+                            if not name.startswith('GIT_') or name.startswith('GIT_CONFIG')}
         self.environment['LC_ALL'] = 'C'
         self.asking: Optional[subprocess.Popen] = None
         self.above: List[str] = []      # from here to the top of the work tree: they have rules too
@@ -782,22 +824,26 @@ class Git:
 
     def run(self, *words: str, given: bytes = b'') -> bytes:
         for _ in range(GIT_TRIES):      # a repository may be in the making
-            try:
-                done = subprocess.run(['git', '-C', self.top, *words], env=self.environment, input=given,
-                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-            except OSError as error:
-                raise Stop('cannot run git, which says what to leave out: %s; install it, or use '
-                           '--no-gitignore' % error.strerror)
-            if done.returncode <= 1:    # 1 is how check-ignore says none
-                return done.stdout
+            with self.start(*words, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE) as done:
+                out, said = done.communicate(given)
+            if done.returncode in (0, 1):       # 1 is how check-ignore says none; below 0 it was killed
+                return out
             if not os.path.isdir(self.top):
                 return b''              # it went meanwhile
-            if b'not a git repository' in done.stderr and 'GIT_DIR' not in self.environment:
+            if b'not a git repository' in said and 'GIT_DIR' not in self.environment:
                 self.use_empty_repository()
             else:
                 time.sleep(0.1)
         raise Stop('git cannot say what to leave out of %s: %s; mend that, or use --no-gitignore'
-                   % (shown(self.top), shown(os.fsdecode(done.stderr).strip().replace('\n', ' '))))
+                   % (shown(self.top), shown(os.fsdecode(said).strip().replace('\n', ' '))))
+
+    def start(self, *words: str, **how: Any) -> subprocess.Popen:
+        try:
+            return subprocess.Popen(['git', '-C', self.top, *words], env=self.environment, **how)
+        except OSError as error:
+            raise Stop('cannot run git, which says what to leave out: %s; install it, or use --no-gitignore'
+                       % error.strerror)
 
     def ignored(self) -> Iterator[str]:
         """What git leaves out, relative to the top ('.'); of an ignored directory that holds nothing tracked
@@ -812,33 +858,51 @@ class Git:
             paths = [path for path in paths if not path.endswith(b'/') or b'./' + path[:-1] in really]
         return (os.fsdecode(path).rstrip('/') for path in paths)
 
-    def ignores(self, path: str) -> bool:
-        """Whether git leaves out a new path, relative to the top: one process answers all through. It ends at
-        a path in a submodule, or behind a link: those are not its to judge."""
+    def ignores(self, paths: Sequence[str]) -> Set[str]:
+        """Which of these new paths, relative to the top, git leaves out: not what holds tracked files."""
+        matching = list(filter(self.matches, paths))
+        tracked: Set[str] = set()
+        for at in range(0, len(matching), LIST_PATHS):
+            some = [':(literal)' + path for path in matching[at:at + LIST_PATHS]]
+            for name in map(os.fsdecode, self.run('ls-files', '-z', '--', *some).split(b'\0')):
+                tracked.update((name, *ancestors(name)))
+        return set(matching) - tracked
+
+    def matches(self, path: str) -> bool:
+        """Whether a pattern has a path left out: one process answers all through. It ends at a path in a
+        submodule, or behind a link: those are not its to judge."""
         answer = b''
-        try:
+        for _ in range(GIT_TRIES):
             if self.asking is None:
-                self.asking = subprocess.Popen(
-                    ['git', '-C', self.top, 'check-ignore', '-z', '--stdin', '--verbose', '--non-matching'],
-                    env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL, bufsize=0)
-            self.asking.stdin.write(b'./' + os.fsencode(path) + b'\0')
+                self.asking = self.start(
+                    'check-ignore', '-z', '--stdin', '--verbose', '--non-matching', stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
+            with contextlib.suppress(BrokenPipeError):
+                self.asking.stdin.write(b'./' + os.fsencode(path) + b'\0')
             while answer.count(b'\0') < 4:      # source, line, pattern, path
                 more = self.asking.stdout.read(65536)
-                if not more:
-                    raise BrokenPipeError
                 answer += more
-        except OSError:
-            self.close()
-            return False
+                if not more:
+                    break
+            else:
+                break
+            if self.close() >= 0:
+                return False
+            answer = b''                # somebody killed it
+        else:
+            raise Stop('git, which says what to leave out of %s, is killed each time; use --no-gitignore'
+                       % shown(self.top))
         pattern = answer.split(b'\0')[2]
-        return (bool(pattern) and not pattern.startswith(b'!')
-                and not self.run('ls-files', '-z', '--', ':(literal)' + path))      # what holds tracked files
+        return bool(pattern) and not pattern.startswith(b'!')
 
-    def close(self) -> None:
-        if self.asking:
-            with self.asking:           # closes its pipes, and waits for it
-                self.asking = None
+    def close(self) -> int:
+        """Ends what answers; its exit status, below 0 if it was killed."""
+        asking, self.asking = self.asking, None
+        if asking is None:
+            return 0
+        with contextlib.suppress(BrokenPipeError), asking:      # closes its pipes, and waits for it
+            pass
+        return asking.wait()
 
 
 class LeftOut:
@@ -896,13 +960,18 @@ class LeftOut:
     def ask(self, paths: List[str], gone: bool = False) -> None:
         """Asks git about paths it was not asked about before. Of those that are gone here (they stand over
         there) git cannot tell a directory from a file, but it can for what would be in it."""
+        inside: Dict[str, List[str]] = {}       # top of a work tree: paths in it, relative to it
         for path in paths if self.git else ():
             top = parent(path)
             while top not in self.git:
                 top = parent(top)
-            inside = path[len(top) + 1:] if top else path
-            if self.git[top].ignores(inside) or gone and self.git[top].ignores(inside + '/.\x7f'):
-                self.ignored.add(path)
+            inside.setdefault(top, []).append(path[len(top) + 1:] if top else path)
+        for top, names in inside.items():
+            ignored = self.git[top].ignores(names)
+            if gone:
+                inner = self.git[top].ignores([name + '/.\x7f' for name in names])
+                ignored.update(name[:-3] for name in inner)
+            self.ignored.update(top + '/' + name if top else name for name in ignored)
 
     def within(self, path: str, is_directory: bool = False) -> bool:
         """Whether a path or anything above it is left out: for paths that stand only over there."""
@@ -916,8 +985,11 @@ class LeftOut:
             if not re.search(r'[][/?\\]|\*\*', name):
                 kind = ['-type', 'd'] if pattern.endswith('/') else []
                 words += ['!', '-name', '.', *kind, '-name', name, '-prune', '-o']
+        size = 0
         for path in sorted(self.ignored, key=len)[:100]:
-            words += ['-path', './' + re.sub(r'([][*?\\])', r'\\\1', path), '-prune', '-o']
+            size += len(path)
+            if size < 16384:            # no argument may be longer than 128 kB, receiver and all
+                words += ['-path', './' + re.sub(r'([][*?\\])', r'\\\1', path), '-prune', '-o']
         return words
 
     def close(self) -> None:
@@ -940,6 +1012,23 @@ def entry_of(status: os.stat_result) -> Entry:
     kind = KINDS.get(mode & 0o170000, 's')
     return Entry(kind, mode & 0o7777, status.st_size if kind == 'f' else 0, status.st_mtime_ns, '',
                  (status.st_dev, status.st_ino), status.st_ctime_ns)
+
+
+def made_ns(path: str) -> int:
+    """When what stands at a path was made, in nanoseconds; 0 if the system or its file system does not say.
+    It stands in statx (2), which Python does not know."""
+    try:
+        import ctypes
+        statx = ctypes.CDLL(None).statx
+    except (ImportError, OSError, AttributeError):
+        return 0
+    here, no_follow, made = -100, 0x100, 0x800          # AT_FDCWD, AT_SYMLINK_NOFOLLOW, STATX_BTIME
+    status = ctypes.create_string_buffer(256)
+    failed = statx(here, os.fsencode(path), no_follow, made, status)
+    if failed or not struct.unpack_from('I', status)[0] & made:
+        return 0
+    seconds, nanoseconds = struct.unpack_from('qI', status, 80)
+    return seconds * 10**9 + nanoseconds
 
 
 def is_directory(item: os.DirEntry[str]) -> bool:
@@ -1039,6 +1128,7 @@ class Source:
         self.gone = False                       # the root
         self.hints: Dict[str, int] = {}         # to be looked at now: META, LOOK or CONTENT
         self.later: Dict[str, Tuple[float, float, int]] = {}    # path: (when, since when, hint)
+        self.put_off: Set[str] = set()          # of these; their other names were hinted at already
         self.changed: Dict[str, int] = {}       # to be compared: what is other than before, or was hinted at
         self.now_ns = 0                         # just before what is being looked at
         self.fresh: Set[str] = set()    # looked at so soon after a change that the next may keep the time
@@ -1053,6 +1143,9 @@ class Source:
 
     def full(self, path: str) -> str:
         return self.root + '/' + path if path else self.root
+
+    def made_ns(self, path: str) -> int:
+        return made_ns(self.full(path))
 
     def hint(self, path: str, why: int, delay: float = 0, most: float = 0) -> None:
         """Has a path looked at, in `delay` seconds, each call putting that off, but not past `most` after the
@@ -1079,6 +1172,12 @@ class Source:
             if self.changed.get(path, 0) < why:
                 self.hint(path, why)
 
+    def put_off_hint(self, path: str, why: int, seconds: float) -> None:
+        """Has a path that was looked at looked at again, but not its other names: each would put off the
+        other for ever."""
+        self.hint(path, why, seconds)
+        self.put_off.add(path)
+
     def listen(self) -> None:
         """Turns what inotify says into hints."""
         if self.watch.fd is None:
@@ -1095,6 +1194,7 @@ class Source:
             if name in ('.gitignore', '.git') and self.left_out.ask_git:
                 self.rules_changed = True
             path = (directory + '/' + name if directory else name) if name else directory
+            self.put_off.discard(path)
             is_directory = bool(mask & flags.ISDIR)
             comes = mask & (flags.CREATE | flags.MOVED_TO)
             comes_or_goes = comes or mask & (flags.DELETE | flags.MOVED_FROM)
@@ -1208,7 +1308,8 @@ class Source:
             self.hints.update(dict.fromkeys(self.fresh, CONTENT))
             self.fresh.clear()
         for path, why in list(self.hints.items()) if self.twins else ():
-            self.hint_other_names(self.tree.get(path), why)
+            if path not in self.put_off:
+                self.hint_other_names(self.tree.get(path), why)
         hints, self.hints = self.hints, {}
         for path, why in hints.items():
             self.changed[path] = max(why, self.changed.get(path, 0))
@@ -1221,6 +1322,7 @@ class Source:
                 continue                # what is above it is left out or gone
             if self.see(path, functools.partial(os.stat, self.full(path)), hints[path]):
                 self.scan(path)
+        self.put_off -= hints.keys()
 
     def see(self, path: str, status_of: Callable[..., os.stat_result], why: int = 0) -> bool:
         """Takes note of what stands at a path, as `status_of` says (os.stat of it); with `why` because of a
@@ -1260,6 +1362,8 @@ class Source:
         before = self.tree.get(path)
         if before != entry:
             self.changed.setdefault(path, LOOK)
+            if kind == 'f' and not why and before is not None and before[:6] == entry[:6]:
+                self.changed[path] = CONTENT    # only its ctime is another, and no event told why
             if before is not None and before.kind == 'd' and kind != 'd':
                 self.lose(path)
             elif before is not None and before.inode != entry.inode:
@@ -1269,7 +1373,8 @@ class Source:
             if status.st_nlink > 1:
                 paths = self.twins.setdefault(entry.inode, set())
                 paths.update((path, self.names.get(entry.inode, path)))
-                self.hint_other_names(entry, self.changed.get(path, 0))
+                if path not in self.put_off:
+                    self.hint_other_names(entry, self.changed.get(path, 0))
             self.names[entry.inode] = path
         # What could not be listed may be by now, and the other way round.
         return kind == 'd' and (why in (0, CONTENT) or before is None or before.kind != 'd'
@@ -1416,8 +1521,8 @@ class Source:
 # ==== 5. Plan ===============================================================================================
 
 def same_time(a: Optional[int], b: Optional[int]) -> bool:
-    """Whether two times are one. Some far sides only know whole seconds: their fraction is 0."""
-    return a is not None and b is not None and (a == b or a // 10**9 == b // 10**9 and a % 10**9 == 0)
+    """Whether two times are one, as far as the far side knows, which has the first."""
+    return a is not None and b is not None and (a == b or any(b - b % unit == a for unit in TIME_UNITS))
 
 
 def apply(tree: Tree, step: Step) -> None:
@@ -1427,7 +1532,7 @@ def apply(tree: Tree, step: Step) -> None:
         there = tree.get(path)          # what it does not set stays as it is
         if 'm' not in detail and there.mode != entry.mode:
             entry = entry._replace(mode=there.mode)
-        if 't' not in detail and not same_time(there.mtime_ns, entry.mtime_ns):
+        if 't' not in detail and there.mtime_ns != entry.mtime_ns:
             entry = entry._replace(mtime_ns=there.mtime_ns)
         tree.put(path, entry)
         return
@@ -1486,19 +1591,21 @@ def forget_time(tree: Tree, path: str) -> None:
         tree.put(path, directory._replace(mtime_ns=None))
 
 
-def is_another(there: Entry, here: Entry) -> bool:
+def is_another(there: Entry, here: Entry, made_ns: Callable[[], int] = lambda: 0) -> bool:
     """Whether what stands here is known not to be what was sent from here, but something in its place. The
-    inode alone tells nothing: there are file systems that number a file anew."""
-    return (there.inode is not None and here.inode is not None and there.inode != here.inode
-            and there.ctime_ns != here.ctime_ns)
+    inode alone tells nothing: there are file systems that number a file anew, and those that give the number
+    of what is gone to what is made next. `made_ns` says when it was made, 0 if that is not known."""
+    return (there.inode is not None and here.inode is not None and there.ctime_ns != here.ctime_ns
+            and (there.inode != here.inode or made_ns() > there.ctime_ns))
 
 
 def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
-         unlisted: Collection[str] = ()) -> List[Step]:
+         unlisted: Collection[str] = (), made_ns: Callable[[str], int] = lambda path: 0) -> List[Step]:
     """The steps that make `remote` equal to `local` at these paths, in the order they must be taken; `remote`
     is changed as they will change it. A hint of CONTENT has a file sent even if size and time are the same,
     META has only mode and time set where only they differ. Without `delete`, what is only in `remote` stays,
-    and moves are copies. What is in the `unlisted` directories of `local` is not known, so it stays too."""
+    and moves are copies. What is in the `unlisted` directories of `local` is not known, so it stays too.
+    `made_ns` says when what stands here was made, 0 if that is not known; asked only where it decides."""
     steps: List[Step] = []
     opened: Set[str] = set()            # directories in which something changes, or that were opened for it
     passed: Set[str] = set()            # directories that may be entered and written
@@ -1528,7 +1635,7 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
 
     paths = dict(hints)
     gone: Set[str] = set()
-    replaced: Set[str] = set()          # what stood there may have moved
+    replaced: Set[str] = set()          # another thing stands there now than did, and so it may be in it
     for path in hints:
         above = parent(path)            # has to be there before it
         while (path and above not in paths and not remote.is_directory(above)
@@ -1561,12 +1668,14 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
             continue
         old = movable.get(here.inode) if here.inode else None
         was = remote.get(old) if old else None
-        # The number of what is gone may by now be that of another thing, and at its place another stand.
+        # The number of what is gone may by now be that of another thing, which was made after that was last
+        # seen, and at its place another stand.
         if (old and was is not None and was.kind == here.kind and was.inode == here.inode
                 and not (path + '/').startswith(old + '/')
                 and (there is None or there.kind in 'fl' and here.kind != 'd')
                 and (here.kind == 'd' or was.size == here.size and was.mtime_ns == here.mtime_ns
-                     and was.target == here.target and CONTENT not in (hints.get(old), hints.get(path)))):
+                     and was.target == here.target and CONTENT not in (hints.get(old), hints.get(path)))
+                and made_ns(path) <= was.ctime_ns):
             take('move', path, was, old)
             more = {*remote.below(path), *local.below(path)}
             for below in remote.below(path):
@@ -1587,6 +1696,7 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
             for each in more:
                 heapq.heappush(work, each)
             if here.kind == 'd':
+                replaced.add(path)
                 paths[path] = max(paths[path], META)
         if here.kind != 'd':
             files.append(path)
@@ -1609,9 +1719,11 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
             take('rmdir', path, None)
             there = None
         if (there is None or there.kind != here.kind or there.target != here.target or there.size != here.size
-                or here.kind == 'f' and (paths[path] == CONTENT or is_another(there, here)
-                                         or not same_time(there.mtime_ns, here.mtime_ns)
-                                         and (paths[path] != META or there.mtime_ns is None))):
+                or here.kind == 'f' and (paths[path] == CONTENT
+                                         or there.mtime_ns != here.mtime_ns
+                                         and (paths[path] != META or there.mtime_ns is None)
+                                         or is_another(there, here, functools.partial(made_ns, path))
+                                         or there.inode != here.inode and is_below(path, replaced))):
             take({'f': 'file', 'l': 'link'}[here.kind], path, here)
         else:
             set_meta(take, remote, path, there, here)
@@ -1623,7 +1735,7 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
 
 
 def set_meta(take: Callable, remote: Tree, path: str, there: Entry, here: Entry) -> None:
-    what = 'm' * (there.mode != here.mode) + 't' * (not same_time(there.mtime_ns, here.mtime_ns))
+    what = 'm' * (there.mode != here.mode) + 't' * (there.mtime_ns != here.mtime_ns)
     if what:
         take('meta', path, here, what)
     else:
@@ -1641,19 +1753,21 @@ def differences(local: Tree, remote: Tree) -> Iterator[str]:
 
 
 def believe(listed: Iterable[Tuple[str, Entry]], local: Tree, known: Optional[Tree],
-            ours: Callable[[str, Entry], bool]) -> Tree:
+            ours: Callable[[str, Entry], bool], made_ns: Callable[[str], int] = lambda path: 0) -> Tree:
     """The replica as the far side listed it, what is above before what is in it. Only what is ours is taken:
     what stands here, what an earlier connection knew of, and what `ours` says. Where it equals what stands
-    here it is the same object, so that a later rename is known by the inode."""
+    here it is the same object, so that a later rename is known by the inode. `made_ns` is as for plan()."""
     remote = Tree()
     for path, entry in listed:
         if parent(path) not in remote.inside:
             continue                    # what is above is not ours
         here = local.get(path)
         before = known.get(path) if known else None
-        if here is not None and (before is None or not is_another(before, here)):
-            if here[:5] == entry[:5] or (same_time(entry.mtime_ns, here.mtime_ns)
-                                         and here[:5] == entry._replace(mtime_ns=here.mtime_ns)[:5]):
+        if here is not None and (before is None
+                                 or not is_another(before, here, functools.partial(made_ns, path))):
+            if entry.mtime_ns != here.mtime_ns and same_time(entry.mtime_ns, here.mtime_ns):
+                entry = entry._replace(mtime_ns=here.mtime_ns)
+            if here[:5] == entry[:5]:
                 entry = here
         elif path:
             if before is None and not ours(path, entry):
@@ -1728,9 +1842,10 @@ def archive(members: Iterable[Member]) -> bytes:
     return b''.join(out)
 
 
-def script(members: Iterable[Member], fine: bool) -> bytes:
-    """The same for a far side without tar: lines that its shell reads. Names and bytes stand in single
-    quotes."""
+def script(members: Iterable[Member], fine: bool, umask: Optional[int]) -> bytes:
+    """The same for a far side without tar: lines that its shell reads, with this umask, or None where it
+    means nothing. Names and bytes stand in single quotes."""
+    made = {'f': 0o666 & ~umask if umask is not None else None, 'l': 0o777}
     lines: List[bytes] = []
     directories: List[bytes] = []
     groups: Dict[bytes, List[bytes]] = {}       # command: the names it is for
@@ -1752,7 +1867,7 @@ def script(members: Iterable[Member], fine: bool) -> bytes:
             if data.startswith(b'-'):
                 data = b'\\055' + data[1:]
             lines.append(b"printf '%s' >%s || failed=1\n" % (data, quoted))
-        if entry.mode != {'f': 0o644, 'l': 0o777}.get(entry.kind):     # a directory may inherit setgid
+        if entry.mode != made.get(entry.kind):      # a directory may inherit setgid
             groups.setdefault(b'chmod %05o' % entry.mode, []).append(quoted)
         if entry.mtime_ns is not None:
             when = seconds_of(entry.mtime_ns, fine).encode()
@@ -2299,6 +2414,11 @@ class Report:
         self.flush()
 
 
+def names_of(paths: Iterable[str]) -> bytes:
+    """What a hook reads."""
+    return b''.join(os.fsencode(path) + b'\0' for path in paths)
+
+
 class Hooks:
     """Runs the local hook after what it is about is confirmed, in a thread, so that nothing waits for it."""
 
@@ -2307,20 +2427,23 @@ class Hooks:
         self.process: Optional[subprocess.Popen] = None
         import queue
         import threading
-        self.queue: queue.Queue[bytes] = queue.Queue()      # the paths for each run, each with a NUL behind
+        self.queue: queue.Queue[Dict[str, None]] = queue.Queue()    # the paths of each time in step
         if command:
             threading.Thread(target=self.work, daemon=True).start()
 
     def work(self) -> None:
         while True:
-            paths = self.queue.get()
+            times, paths = 1, self.queue.get()
+            while not self.queue.empty():       # what came while it ran is one run
+                times, paths = times + 1, {**paths, **self.queue.get()}
             try:
-                self.run(paths)
+                self.run(names_of(paths))
             except OSError as error:
                 self.report.warn('the hook cannot be run: %s' % error.strerror)
             except Stopped:             # nobody reads what we say: the main thread sees that by itself
                 pass
-            self.queue.task_done()
+            for _ in range(times):
+                self.queue.task_done()
 
     def run(self, paths: bytes) -> None:
         import tempfile
@@ -2406,6 +2529,8 @@ class Replica:
         options, source = self.options, self.source
         self.far = far
         source.own_staging = far.staging
+        if self.begun and source.watch.fd is None:
+            source.hint_everything()    # nothing else tells what changed meanwhile
         if source.hints.get('') == CONTENT or source.watch.fd is None:
             self.taking = source.look()
         while far.phase != 'live':
@@ -2413,16 +2538,17 @@ class Replica:
             source.listen()
         connected()
         self.session = far.nonce
+        since: Dict[str, int] = {}      # what changed since we began
         while True:
             for path, why in source.look().items():
-                self.taking[path] = max(why, self.taking.get(path, 0))
+                self.taking[path] = since[path] = max(why, self.taking.get(path, 0))
             if not source.gone:         # else what was seen of it may have been half of it
                 break
             if not options.watch:
                 raise Stop('%s went while it was looked at' % shown(source.root))
             far.turn(1)
         self.mounts.clear()
-        self.remote = believe(self.listed(), source.tree, self.known, self.is_ours)
+        self.remote = believe(self.listed(), source.tree, self.known, self.is_ours, source.made_ns)
         if far.can:
             self.probed(far.can)
         elif self.overlaps() and not options.dry_run:
@@ -2437,8 +2563,11 @@ class Replica:
                     source.listen()
             self.compare(hints)
         else:
-            hints = {}
-            self.excused.update(differences(source.tree, self.remote))
+            hints = since
+            self.excused.update(set(differences(source.tree, self.remote)) - since.keys())
+        if options.no_delete:           # but what a session that was killed left of its own
+            litter = [path for path in self.remote.below('') if STAGING.fullmatch(path.rpartition('/')[2])]
+            self.carry_out(plan(self.remote, source.tree, dict.fromkeys(litter, LOOK)))
         self.remote.put('', self.remote.get('') or source.tree.get(''))
         self.known, self.begun = None, True
         del far.listing[:]
@@ -2549,7 +2678,7 @@ class Replica:
             self.far.turn(None)
         code, said, values = answers[0]
         if code:
-            raise (Lost if self.options.watch and self.was_writable else Stop)(
+            raise (Lost if self.options.watch and (self.was_writable or self.options.wait) else Stop)(
                 'cannot write to %s over there: %s' % (shown(self.options.destination), said))
         self.probed(values[0])
 
@@ -2574,7 +2703,12 @@ class Replica:
         """Has the far side make its staging, which is there only while it is needed."""
         if not self.is_staged:
             self.is_staged = True
-            self.far.send('stage')
+            self.far.send('stage', done=self.staged)
+
+    def staged(self, code: int, said: str, _: List[str]) -> None:
+        if code:                        # what was to go there fails by itself, and is tried again
+            self.is_staged = False
+            self.report.warn('its staging cannot be made over there: %s' % said)
 
     def rest(self) -> None:
         """Has the far side remove its staging, and sets the root's time, which that changed."""
@@ -2599,7 +2733,7 @@ class Replica:
         for path in list(changed) if self.options.update_interval else ():
             wait = self.last_sent.get(path, -1e9) + self.options.update_interval - now
             if wait > 0 and local.get(path) is not None and remote.get(path) is not None:
-                self.source.hint(path, changed.pop(path), wait)
+                self.source.put_off_hint(path, changed.pop(path), wait)
         for path in self.source.forgotten:
             self.cancel(path)
             remote.put(path, None)
@@ -2649,7 +2783,8 @@ class Replica:
             elif path in hints and not job.is_staged:
                 # it is looked at again when the job is done
                 self.source.hint(path, hints.pop(path), QUIET_SECONDS)
-        steps = plan(self.remote, self.source.tree, hints, not self.options.no_delete, self.source.unlisted)
+        steps = plan(self.remote, self.source.tree, hints, not self.options.no_delete, self.source.unlisted,
+                     self.source.made_ns)
         if self.tries:
             for path in (self.tries.keys() & hints.keys()) - {step.path for step in steps}:
                 here = self.source.tree.get(path)
@@ -2761,12 +2896,13 @@ class Replica:
     def send_one(self, step: Step, data: bytes, name: str = '-') -> None:
         """One by itself; of a file its bytes, or the name under which it is staged."""
         entry, path = step.entry, wire(step.path)
-        if step.verb == 'file':         # the umask alone gives a new file most modes
-            mode = '-' if name == '-' and not entry.mode & ~0o666 else '%05o' % entry.mode
+        if step.verb == 'file':         # the umask alone gives a new file most modes, where it means anything
+            plain = name == '-' and not entry.mode & ~0o666 and self.can[3] != 'acl'
+            mode = '-' if plain else '%05o' % entry.mode
             words = umask_for(entry.mode), mode, self.time_of(entry), name
             self.post('file', words, [path], [step], [data])
         elif step.verb == 'dir':
-            self.post('dir', (umask_for(entry.mode),), [path], [step])
+            self.post('dir', ('%03o' % (entry.mode & 0o777),), [path], [step])
         else:
             target = os.fsencode(entry.target).replace(b'\n', b'/\n') + b'.'
             self.post('link', (self.time_of(entry),), [target, path], [step])
@@ -2801,7 +2937,8 @@ class Replica:
                     self.settled[step.path] = here
             members.append((name_there, step.entry, data))
         if self.can[0] == 'script':
-            kind, payload = 'script', script(members, self.can[1] == 'fine')
+            umask = 0o022 if self.can[3] != 'acl' else None
+            kind, payload = 'script', script(members, self.can[1] == 'fine', umask)
         else:
             kind, payload = 'tar', archive(members)
         self.post('bulk', (kind,), [wire(path) for path in numbers], [step for step, _ in batch], [payload])
@@ -3074,6 +3211,8 @@ class Replica:
         self.confirmed[path] = self.unhooked[path] = None
         if step.verb == 'file' and self.options.update_interval:
             self.last_sent[path] = time.monotonic()
+        elif step.verb in ('remove', 'move'):
+            self.last_sent.pop(step.detail or path, None)
         size = '{:,} bytes, '.format(step.entry.size) if step.verb == 'file' else ''
         self.report.line('%s (%s%.0f ms)' % (self.words_for(step), size, took_ms), step)
 
@@ -3085,20 +3224,18 @@ class Replica:
 
     def run_hooks(self, hooks: Hooks) -> None:
         """Runs the hooks if something was confirmed since they last ran, with the paths that were."""
-        def names(paths: Iterable[str]) -> bytes:
-            return b''.join(os.fsencode(path) + b'\0' for path in paths)
-
         if self.confirmed and self.options.hook:
-            hooks.queue.put(names(self.confirmed))
+            hooks.queue.put(self.confirmed.copy())
         self.confirmed.clear()
         if self.unhooked and self.options.remote_hook:
             self.stage()
-            self.far.send('hook', (), (), [names(self.unhooked)], self.remote_hook_ended)
+            self.far.send('hook', (), (), [names_of(self.unhooked)], self.remote_hook_ended)
         else:
             self.unhooked.clear()
 
-    def remote_hook_ended(self, code: int, said: str, _: List[str]) -> None:
-        self.unhooked.clear()
+    def remote_hook_ended(self, code: int, said: str, values: List[str]) -> None:
+        if not code or 'begun' in values:       # else it is told of them the next time
+            self.unhooked.clear()
         if said:
             self.report.warn('remote hook: %s' % said)
 

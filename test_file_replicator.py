@@ -29,6 +29,7 @@ import shutil
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -612,7 +613,7 @@ def test_where_something_was_renamed_away_from_inside_what_was_renamed_another_c
     ({'mtime_ns': 1}, 'META', [('meta', 't')]),
     ({'mtime_ns': 1}, 'LOOK', [('file', '5')]),
     ({'mtime_ns': None}, 'META', [('file', '5')]),
-    ({'mtime_ns': 10**18}, 'LOOK', []),                 # a far side that knows whole seconds only
+    ({'mtime_ns': 10**18}, 'LOOK', [('file', '5')]),
     ({'size': 4}, 'META', [('file', '4')]),
     ({'size': 4}, 'LOOK', [('file', '4')]),
     ({'kind': 'l', 'target': 'x', 'size': 0}, 'META', [('file', '')]),
@@ -751,7 +752,7 @@ def test_a_script_writes_the_same_files_in_every_shell(shell, tmp_path):
     for fine in [False] + [True] * (shell != 'busybox sh'):         # whose touch knows whole seconds only
         root = tmp_path / str(fine)
         root.mkdir()
-        (root / 's').write_bytes(fr.script(what, fine))
+        (root / 's').write_bytes(fr.script(what, fine, 0o022 if fine else None))
         assert run_sh(shell, 'touch=touch failed=0; . ./s; echo $failed', cwd=root) == b'0\n'
         assert_unpacked(root, what, not fine)
 
@@ -2967,7 +2968,7 @@ def test_a_far_side_that_is_never_as_it_listed_is_given_up_and_the_path_named(tm
     write(source + '/d/file', 'data')
     os.mkdir(far)
     connect = shell_command(tmp_path, 'dash')
-    fault_command(tmp_path / 'shims-dash', 'mkdir', '#!/bin/sh\n[ "$1" = ./d ] || exec %s "$@"\n' % need('mkdir'))
+    fault_command(tmp_path / 'shims-dash', 'mkdir', '#!/bin/sh\n[ "$3" = ./d ] || exec %s "$@"\n' % need('mkdir'))
     done = once('--no-replicate-on-change', source, far, *connect, expect=1)
     assert 'd/file: ' in done.stderr and done.stderr.count('changed over there') == fr.DRIFTS_MOST
 
@@ -6453,3 +6454,430 @@ if 'SHARD' in os.environ:
     for name in [name for name in globals() if name.startswith('test_')]:
         if str('alone' if name in ALONE else 1 + zlib.crc32(name.encode()) % 3) != os.environ['SHARD']:
             del globals()[name]
+
+
+# ---- what stands in the place of something else
+
+def number_of(tree):
+    """What each file of a tree is: the number it has here, which stays with its bytes."""
+    return {path: entry.inode for path, entry in tree.entries.items() if entry.kind == 'f'}
+
+
+@pytest.mark.parametrize('moves', [[('a', 't'), ('b', 'a'), ('t', 'b')], [('a', 'old'), ('b', 'a')],
+                                   [('a/f', 'a/t'), ('b/f', 'a/f'), ('a/t', 'b/f')], [('a', 'b/a'), ('b', 'a')]])
+def test_files_that_were_made_at_once_are_told_apart_though_their_directories_changed_places(moves):
+    """Size and all times are the same: a rename of a directory changes none in it."""
+    remote = fr.Tree()
+    for number, path in enumerate(['', 'a', 'b', 'a/f', 'b/f', 'a/g', 'b/g']):
+        kind = 'f' if path[1:] else 'd'
+        remote.put(path, fr.Entry(kind, 0o755, 4 * (kind == 'f'), 10**18, '', (1, number), 10**18))
+    local, there = copy_tree(remote), number_of(remote)
+    for old, new in moves:
+        local.move(old, new)
+        for path in (new, fr.parent(new), fr.parent(old)):
+            if local.get(path) is not None:
+                local.put(path, local.get(path)._replace(ctime_ns=2 * 10**18))
+    for step in fr.plan(remote, local, all_paths(remote, local)):
+        if step.verb == 'move':
+            for path in [path for path in there if (path + '/').startswith(step.detail + '/')]:
+                there[step.path + path[len(step.detail):]] = there.pop(path)
+        elif step.verb == 'file':
+            there[step.path] = step.entry.inode
+        elif step.verb == 'remove':
+            there.pop(step.path, None)
+    assert there == number_of(local)
+
+
+@pytest.mark.parametrize('made_ns, moved', [(99, True), (100, True), (101, False)])
+@pytest.mark.parametrize('kind', ['f', 'd'])
+def test_what_was_made_after_something_else_went_is_no_rename_though_it_got_its_number(made_ns, moved, kind):
+    remote, local = fr.Tree(), fr.Tree()
+    for tree, path, ctime_ns in ((remote, 'a', 100), (local, 'b', 200)):
+        tree.put('', fr.Entry('d', 0o755, 0, 10**18, '', (1, 1), 1))
+        tree.put(path, fr.Entry(kind, 0o755, 0, 10**18, '', (1, 7), ctime_ns))
+    steps = fr.plan(remote, local, all_paths(remote, local), made_ns=lambda path: made_ns)
+    assert ('move' in [step.verb for step in steps]) == moved
+    remote.put('b', remote.get('b')._replace(ctime_ns=100))
+    steps = fr.plan(remote, local, {'b': fr.LOOK}, made_ns=lambda path: made_ns)
+    assert [step.verb for step in steps if step.verb != 'meta'] == ['file'] * (kind == 'f' and not moved)
+
+
+@pytest.mark.parametrize('options', [[], ['--poll', '0.1']])
+def test_what_got_the_number_of_what_is_gone_is_sent_though_size_and_time_are_the_same(tmp_path, options):
+    """As packages are unpacked, whose files all have one time. ext4 gives numbers to others at once, tmpfs never does."""
+    source, there = option_source(tmp_path, 'pack/')
+    aside = tmp_path / 'aside'
+
+    def make(path, text):
+        write(str(path), text, mtime_ns=10**18)
+
+    for name in ('pack/f', 'one', 'two'):
+        make(source / name, '0000')
+    with option_watching(tmp_path, *options) as running:
+        for number in range(1, 6):
+            text = '%04d' % number
+            shutil.rmtree(str(source / 'pack'))
+            make(source / 'pack/f', text)
+            os.unlink(str(source / 'one'))
+            make(aside / 'one', text)
+            os.rename(str(aside / 'one'), str(source / 'one'))
+            for name in os.listdir(str(source)):
+                if name.startswith('two'):
+                    os.unlink(str(source / name))
+            make(aside / 'two', text)
+            os.rename(str(aside / 'two'), str(source / ('two%d' % number)))
+            until(lambda: all(fault_holds(str(there), name, text.encode()) for name in ('pack/f', 'one', 'two%d' % number)),
+                  5, running.log)
+
+
+def test_a_directory_that_got_the_number_of_one_that_is_gone_is_not_taken_for_it(tmp_path):
+    source, there = option_source(tmp_path, 'old/f')
+    with option_watching(tmp_path, '--exclude', 'keep') as running:
+        for name in ('keep', 'theirs'):
+            write(str(there / 'old' / name), name)
+        shutil.rmtree(str(source / 'old'))
+        write(str(source / 'new/f'), 'new')
+        until(lambda: option_has(there, 'new/f'), 10, running.log)
+        running.in_step()
+    assert option_paths(there) == ['new', 'new/f', 'old', 'old/keep', 'old/theirs']
+
+
+@pytest.mark.parametrize('options, lost', [(['--poll', '0.2'], False), ([], True)])
+def test_bytes_that_changed_in_place_and_kept_size_and_time_arrive_though_no_event_tells(tmp_path, options, lost):
+    source, there = option_source(tmp_path, 'f')
+    write(str(source / 'f'), 'A' * 1000, mtime_ns=10**18)
+    if lost:
+        fault_root()
+    with fault_setting(QUEUE, 16) if lost else contextlib.nullcontext():
+        with option_watching(tmp_path, *options) as running:
+            os.kill(running.process.pid, signal.SIGSTOP)
+            for number in range(40):
+                write(str(source / ('x%d' % number)))
+            with open(str(source / 'f'), 'r+') as file:
+                file.write('B' * 1000)
+            os.utime(str(source / 'f'), ns=(10**18, 10**18))
+            os.kill(running.process.pid, signal.SIGCONT)
+            until(lambda: fault_holds(str(there), 'f', b'B' * 1000), 10, running.log)
+
+
+def test_another_time_within_the_same_second_is_set(tmp_path):
+    source, there = option_source(tmp_path, 'f')
+    os.utime(str(source / 'f'), ns=(10**18, 10**18))
+    with option_watching(tmp_path) as running:
+        os.utime(str(source / 'f'), ns=(10**18, 10**18 + 250000000))
+        until_equal(str(source), str(there), 5, running=running)
+
+
+@pytest.mark.parametrize('unit', [100, 10**6, 10**9])
+def test_a_file_system_that_rounds_times_down_is_not_sent_everything_again(unit):
+    here = 10**18 + 123456789
+    assert fr.same_time(here // unit * unit, here) and not fr.same_time(here // unit * unit + 1, here)
+    assert not fr.same_time(here, here // unit * unit) and not fr.same_time(here // unit * unit - unit, here)
+
+
+# ---- what is mounted over there, and what rules there
+
+@fault_in_each_shell
+def test_a_link_is_never_read_into_a_file_that_is_a_mount_point(fault_open, shell):
+    tmp, source, replica = fault_open, fault_open + '/src', fault_open + '/far/src'
+    write(tmp + '/secret', 'secret')
+    write(tmp + '/outer', 'mounted', 0o666)
+    write(source + '/file', 'in place', 0o600)
+    os.symlink(tmp + '/secret', source + '/link')
+    for name in ('file', 'link'):
+        write(replica + '/' + name)
+    write(tmp + '/other', 'other', 0o666)
+    with fault_mount(replica + '/link', '--bind', tmp + '/outer'), fault_mount(replica + '/file', '--bind', tmp + '/other'):
+        done = once('--no-replicate-on-change', source, tmp + '/far', *shell_command(tmp, shell), expect=1)
+        assert re.search('file_replicator: link: .*[Bb]usy', done.stderr)
+    assert open(tmp + '/outer').read() == 'mounted'
+    assert open(tmp + '/other').read() == 'in place' and os.stat(tmp + '/other').st_mode & 0o777 == 0o600
+
+
+@fault_in_each_shell
+def test_what_is_mounted_is_known_in_a_replica_of_any_name(fault_open, shell):
+    """In /proc/mounts blanks, tabs, newlines and backslashes are written in octal."""
+    tmp, far = fault_open, fault_open + '/a b\tc\nd\\e'
+    source = tmp + '/src'
+    write(source + '/f')
+    write(tmp + '/theirs/precious')
+    os.makedirs(far + '/src/m n')
+    with fault_mount(far + '/src/m n', '--bind', tmp + '/theirs'):
+        once('--mirror', '--no-replicate-on-change', source, far, *shell_command(tmp, shell))
+        assert os.path.exists(tmp + '/theirs/precious') and os.path.exists(far + '/src/f')
+
+
+@fault_in_each_shell
+def test_a_default_acl_over_there_opens_nothing(tmp_path, shell):
+    """A umask means nothing where one rules: g::rwx as the group of a web server has it."""
+    source, there = str(tmp_path / 'src'), str(tmp_path / 'far/src')
+    os.makedirs(there)
+    entries = ((1, 7), (4, 7), (0x20, 5))       # the owner, the group, others
+    acl = struct.pack('<I', 2) + b''.join(struct.pack('<HHI', tag, bits, 0xffffffff) for tag, bits in entries)
+    try:
+        os.setxattr(there, 'system.posix_acl_default', acl)
+    except OSError:
+        pytest.skip('no ACLs here')
+    for name, mode in (('secret', 0o600), ('run', 0o700), ('plain', 0o644), ('large', 0o640)):
+        write(source + '/' + name, FAULT_BIG if name == 'large' else name, mode)
+    os.mkdir(source + '/closed', 0o700)
+    with Running(tmp_path, source, str(tmp_path / 'far'), *shell_command(tmp_path, shell)) as running:
+        until_equal(source, there, running=running)
+        write(source + '/later', 'later', 0o600)
+        write(source + '/large2', FAULT_BIG, 0o600)
+        os.mkdir(source + '/closed2', 0o700)
+        for number in range(9):
+            write(source + '/many/%d' % number, 'many', 0o600 + 0o40 * (number % 2))
+        until_equal(source, there, running=running)
+
+
+def test_nothing_is_readable_for_a_moment_where_a_default_acl_rules(tmp_path):
+    seen = str(tmp_path / 'seen')
+    source, there = option_source(tmp_path)
+    there.mkdir()
+    acl = struct.pack('<I', 2) + b''.join(struct.pack('<HHI', tag, 7, 0xffffffff) for tag in (1, 4, 0x20))
+    try:
+        os.setxattr(str(there), 'system.posix_acl_default', acl)
+    except OSError:
+        pytest.skip('no ACLs here')
+    write(str(source / 'secret'), 'secret', 0o600)
+    write(str(source / 'large'), FAULT_BIG, 0o600)
+    for tool in ('mv', 'touch'):        # what stands there when one of them begins
+        write(str(tmp_path / 'path' / tool), '#!/bin/sh\nfind . -type f -size +0 -perm /077 ! -path "./.file_replicator.*/*" >>%s\n'
+              'exec %s "$@"\n' % (seen, need(tool)), 0o755)
+    once('--no-replicate-on-change', source, there.parent, 'env', 'PATH=%s:%s' % (tmp_path / 'path', os.environ['PATH']), 'bash', '-c',
+         'exec bash')
+    assert open(seen).read() == '' and not difference(str(source), str(there))
+
+
+@fault_in_each_shell
+def test_a_directory_that_somebody_made_there_meanwhile_gets_the_mode_it_has_here(tmp_path, shell):
+    source, there = option_source(tmp_path, 'f')
+    with Running(tmp_path, source, there.parent, *shell_command(tmp_path, shell)) as running:
+        os.mkdir(str(there / 'd'))
+        os.chmod(str(there / 'd'), 0o777)
+        os.mkdir(str(source / 'd'), 0o700)
+        until_equal(str(source), str(there), 10, running=running)
+
+
+def test_of_dev_only_null_is_needed_over_there():
+    assert set(re.findall(r'/dev/\w+', fr.RECEIVER)) == {'/dev/null'}
+
+
+@pytest.mark.parametrize('options, status', [([], 1), (['--wait', '--replicate-on-change'], 0)])
+def test_a_find_that_is_killed_over_there_is_not_an_empty_replica(tmp_path, options, status):
+    source, there = option_source(tmp_path, 'f')
+    write(str(there / 'extra'))
+    write(str(tmp_path / 'path/find'), '#!/bin/sh\n[ -e %s/killed ] || case $* in *printf*%%y*) : >%s/killed; kill -9 $$ ;; esac\n'
+          'exec %s "$@"\n' % (tmp_path, tmp_path, need('find')), 0o755)
+    words = ['--mirror', *options, source, there.parent, 'env', 'PATH=%s:%s' % (tmp_path / 'path', os.environ['PATH']), 'bash']
+    if status:
+        done = once('--no-replicate-on-change', *words, expect=1)
+        assert 'find, which lists the replica, ended with status 137' in done.stderr and 'in step' not in done.stdout
+    else:
+        with Running(tmp_path, *words) as running:
+            assert option_paths(there) == ['f'], running.log()
+
+
+# ---- a far disk that is full at the start
+
+def test_on_a_disk_that_is_full_at_the_start_what_is_to_go_goes_and_makes_room(fault_open):
+    tmp, source = fault_open, fault_open + '/src'
+    write(source + '/f', 'fits')
+    with fault_tmpfs(tmp + '/far', 'size=1m'):
+        os.mkdir(tmp + '/far/src')
+        fault_fill(tmp + '/far/src')
+        once('--mirror', '--no-replicate-on-change', source, tmp + '/far', 'bash')
+        assert not difference(source, tmp + '/far/src')
+
+
+def test_a_disk_that_is_full_at_the_start_is_waited_for(fault_open):
+    tmp, source = fault_open, fault_open + '/src'
+    write(source + '/f', 'fits')
+    with fault_tmpfs(tmp + '/far', 'size=1m'):
+        write(tmp + '/far/src/keep', 'theirs')
+        ballast = fault_fill(tmp + '/far')
+        with Running(tmp, source, tmp + '/far', 'bash', wait=False) as running:
+            until(lambda: 'No space left' in running.err(), 10, running.log)
+            os.remove(ballast)
+            until(lambda: fault_holds(tmp + '/far/src', 'f', b'fits'), 20, running.log)
+
+
+# ---- git, told otherwise or killed
+
+def test_git_that_is_killed_has_not_said_that_nothing_is_ignored(tmp_path):
+    source, there = option_source(tmp_path, 'a', 'secret')
+    write(str(source / '.gitignore'), 'secret\n')
+    git_init(source)
+    option_once(tmp_path, env=option_git(tmp_path, 'case $* in *ls-files*) mkdir %s/killed 2>/dev/null && kill -9 $$ ;; esac; %%s'
+                                         % tmp_path))
+    assert option_paths(there) == ['.gitignore', 'a']
+
+
+def test_git_that_is_killed_while_it_answers_is_asked_again(tmp_path):
+    source, there = option_source(tmp_path, 'a')
+    write(str(source / '.gitignore'), 'secret*\n')
+    git_init(source)
+    with option_watching(tmp_path, env=option_git(tmp_path, 'case $* in *check-ignore*) echo $$ >>%s/pids; exec %s "$@" ;; esac; %%s'
+                                                  % (tmp_path, need('git')))) as running:
+        for number in range(3):
+            write(str(source / ('secret%d' % number)))
+            write(str(source / ('new%d' % number)))
+            until(lambda: option_has(there, 'new%d' % number), 10, running.log)
+            for pid in (tmp_path / 'pids').read_text().split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+        assert option_paths(there) == ['.gitignore', 'a', 'new0', 'new1', 'new2']
+
+
+def test_what_the_environment_tells_git_of_its_settings_counts(tmp_path):
+    source, there = option_source(tmp_path, 'a', 'secret')
+    write(str(tmp_path / 'excludes'), 'secret\n')
+    git_init(source)
+    option_once(tmp_path, env={'GIT_CONFIG_COUNT': '1', 'GIT_CONFIG_KEY_0': 'core.excludesFile',
+                               'GIT_CONFIG_VALUE_0': str(tmp_path / 'excludes')})
+    assert option_paths(there) == ['a']
+
+
+def test_an_edit_need_not_wait_for_git_to_judge_a_thousand_files_one_by_one(tmp_path):
+    source, there = option_source(tmp_path, 'a')
+    write(str(source / '.gitignore'), '*.o\n')
+    git_init(source)
+    asked = tmp_path / 'asked'
+    with option_watching(tmp_path, env=option_git(tmp_path, 'echo >>%s; %%s' % asked)) as running:
+        before = asked.stat().st_size
+        os.kill(running.process.pid, signal.SIGSTOP)
+        for number in range(1000):
+            write(str(source / ('%d.o' % number)))
+        write(str(source / 'edit'))
+        os.kill(running.process.pid, signal.SIGCONT)
+        until(lambda: option_has(there, 'edit'), 10, running.log)
+        assert asked.stat().st_size - before < 50
+    assert option_paths(there) == ['.gitignore', 'a', 'edit']
+
+
+def test_ignored_paths_of_any_length_are_no_trouble(tmp_path):
+    source, there = option_source(tmp_path, 'a')
+    write(str(source / '.gitignore'), '*.o\n')
+    git_init(source)
+    deep = '/'.join(['d' * 240] * 4)
+    for number in range(110):
+        write(str(source / deep / ('%d%s.o' % (number, 'n' * 240))))
+    option_once(tmp_path)
+    assert option_has(there, 'a', deep) and not os.listdir(str(there / deep))
+
+
+def test_where_no_temporary_file_can_be_made_that_is_said(monkeypatch):
+    fault_root()
+    need('unshare')
+    top = tempfile.mkdtemp(dir='/dev/shm')
+    try:
+        write(top + '/src/f', 'data')
+        write(top + '/through', '#!/bin/sh\nfor d in /tmp /var/tmp /usr/tmp; do [ ! -d $d ] || { mount --bind $d $d; '
+              'mount -o remount,ro,bind $d; }; done\ncd /proc; exec %s "$@"\n' % sys.executable, 0o755)
+        done = subprocess.run(['unshare', '-m', top + '/through', SCRIPT, '--no-replicate-on-change', top + '/src', top + '/far', 'bash'],
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={'PATH': os.environ['PATH']})
+        assert done.returncode == 1 and b'Traceback' not in done.stderr and b'TMPDIR' in done.stderr, done.stderr
+    finally:
+        shutil.rmtree(top)
+
+
+# ---- hooks that are slow, or cannot be told
+
+def test_what_comes_while_a_slow_hook_runs_goes_to_its_next_run_together(tmp_path):
+    source, there = option_source(tmp_path, 'f')
+    runs = tmp_path / 'runs'
+    with option_watching(tmp_path, '--hook', 'tr "\\0" " " >>%s; echo >>%s; sleep 1' % (runs, runs)) as running:
+        until(runs.exists, 5, running.log)
+        for number in range(10):
+            write(str(source / ('%d' % number)))
+            until(lambda: option_has(there, str(number)), 5, running.log)
+        until(lambda: len(set(runs.read_text().split())) == 11, 10, running.log)
+        assert len(runs.read_text().splitlines()) <= 4
+
+
+def test_a_remote_hook_that_could_not_be_told_is_told_the_next_time(fault_open):
+    tmp, source = fault_open, fault_open + '/src'
+    write(source + '/x', 'x')
+    with fault_tmpfs(tmp + '/far', 'size=300k'):
+        with Running(tmp, '--remote-hook', "tr '\\0' ' ' >>%s/told" % tmp, source, tmp + '/far', 'dash') as running:
+            ballast = fault_fill(tmp + '/far')
+            os.rename(source + '/x', source + '/renamed')
+            until(lambda: 'remote hook' in running.err(), 10, running.log)
+            os.remove(ballast)
+            write(source + '/z', 'z')
+            until(lambda: 'renamed' in open(tmp + '/told').read(), 10, running.log)
+
+
+@pytest.mark.parametrize('shell', SHELLS)
+def test_a_remote_hook_has_the_locale_of_the_far_shell(tmp_path, shell):
+    source, there = option_source(tmp_path, 'f')
+    done = once('--no-replicate-on-change', '--remote-hook', 'echo "LC_ALL=$LC_ALL."', source, there.parent, 'env', 'LC_ALL=C.UTF-8',
+                *shell_command(tmp_path, shell))
+    assert 'LC_ALL=C.UTF-8.' in done.stderr
+
+
+# ---- a connection that is made again, or takes long
+
+def test_where_nothing_is_watched_a_new_connection_looks_before_it_says_in_step(tmp_path):
+    source, there = option_source(tmp_path, 'f')
+    with option_watching(tmp_path, '--poll', '60') as running:
+        write(str(source / 'f'), 'changed')
+        for pid in running.connections():
+            os.kill(pid, signal.SIGKILL)
+        until(lambda: running.out().count('in step') > 1, 20, running.log)
+        assert fault_holds(str(there), 'f', b'changed')
+
+
+def test_without_initial_replication_what_changes_while_the_connection_is_made_is_sent(tmp_path):
+    source, there = option_source(tmp_path, 'old', 'f')
+    there.mkdir()
+    with Running(tmp_path, '--no-initial-replication', source, there.parent, 'sh', '-c', 'until [ -e %s/go ]; do sleep 0.1; done; exec bash'
+                 % tmp_path, wait=False) as running:
+        until(lambda: running.connections(), 10, running.log)
+        time.sleep(1)                   # it looked by now: what changes later is the point
+        write(str(source / 'f'), 'edited')
+        write(str(source / 'new'), 'new')
+        write(str(tmp_path / 'go'))
+        until(lambda: option_has(there, 'new') and fault_holds(str(there), 'f', b'edited'), 10, running.log)
+        running.in_step()
+        assert option_paths(there) == ['f', 'new']
+
+
+def test_what_a_killed_session_left_of_its_own_goes_with_no_delete_too(tmp_path):
+    source, there = option_source(tmp_path, 'f')
+    for name in ('.file_replicator.0123456789ab-new', 'theirs'):
+        write(str(there / name))
+    option_once(tmp_path, '--no-delete')
+    assert sorted(os.listdir(str(there))) == ['f', 'theirs']
+
+
+def test_a_file_with_two_names_and_an_interval_comes_to_rest(tmp_path):
+    source, there = option_source(tmp_path, 'f')
+    with option_watching(tmp_path, '--update-interval', '0.5') as running:
+        write(str(source / 'f'), 'changed')
+        until(lambda: fault_holds(str(there), 'f', b'changed'), 10, running.log)
+        os.link(str(source / 'f'), str(source / 'g'))
+        until(lambda: option_has(there, 'g'), 10, running.log)
+        time.sleep(1.5)                 # what was put off is sent by then
+        before = running.out()
+        time.sleep(1.5)
+        assert running.out() == before
+        with open(str(source / 'g'), 'a') as file:
+            file.write(' again')
+        until(lambda: fault_holds(str(there), 'f', b'changed again') and fault_holds(str(there), 'g', b'changed again'), 10, running.log)
+
+
+def test_what_was_unpacked_into_a_staging_that_was_taken_away_is_not_said_to_be_sent(tmp_path):
+    source, there = option_source(tmp_path, 'f')
+    write(str(tmp_path / 'path/tar'), '#!/bin/sh\n%s "$@"; status=$?\ncase $PWD in */.file_replicator.????????????)\n'
+          '  [ ! -e %s/armed ] || { rm %s/armed; mv "$PWD" %s/taken; } ;; esac\nexit $status\n'
+          % (need('tar'), tmp_path, tmp_path, tmp_path), 0o755)
+    _, usual, shell = shell_command(tmp_path, 'bash')
+    with Running(tmp_path, source, there.parent, 'env', 'PATH=%s:%s' % (tmp_path / 'path', usual[5:]), shell) as running:
+        write(str(tmp_path / 'armed'))
+        for number in range(5):
+            write(str(tmp_path / 'new' / str(number)))
+        os.rename(str(tmp_path / 'new'), str(source / 'new'))
+        until(lambda: option_has(there, 'new/4') and 'connected again' in running.err(), 10, running.log)
+        assert len(option_lines(running.out(), 'sent')) == 6
