@@ -520,6 +520,9 @@ main() {
   newline='
 '
   set +e +f +u +C
+  [ "$1" = - ] || FILE_REPLICATOR=$LC_ALL       # what the hook gets back
+  LC_ALL=C
+  export LC_ALL FILE_REPLICATOR
   unset CDPATH TAR_OPTIONS
   # Of what was there only whole paths stay: no file of the replica may be taken for a tool.
   rest=$PATH: whole=''
@@ -537,13 +540,10 @@ main() {
     ! command -v dash >/dev/null || exec dash -c "$1" -
     exec sh -c "$1" -
   fi
-  locale=$LC_ALL LC_ALL=C
-  export LC_ALL
   nonce=$2 root=$3 flags=$4 hook=$5
   [ ! -t 0 ] || stop "the connection goes through a terminal, which changes bytes; leave out -t"
   [ "$6" = - ] || end_session "$6"
-  FILE_REPLICATOR=$nonce
-  export FILE_REPLICATOR
+  locale=$FILE_REPLICATOR FILE_REPLICATOR=$nonce
   shift 6
   mark=.file_replicator.$nonce-new stage=./.file_replicator.$nonce staged='' temp='' acl='' root_time=''
   touch='touch' tar='tar'
