@@ -413,7 +413,8 @@ do_probe() {
   do_stage || return 1
   many=x                                # 131072 of them, and a newline
   for _ in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17; do many=$many$many; done
-  for taker in 1 2 3 4 5; do
+  for way in 1 2 3 4 5; do
+    taker=$way
     echo "$many" | { take 70000 2>/dev/null | wc -c; wc -c; } |
       { read -r a && read -r b && [ "$a$b" = 7000061073 ]; } && break
   done
@@ -452,7 +453,10 @@ find_tool() {
 
 # Sets sum to the best tool there is that makes sums, or to -.
 find_sum() {
-  for sum in sha256sum sha1sum md5sum -; do ! "$sum" </dev/null >/dev/null 2>&1 || break; done
+  for tool in sha256sum sha1sum md5sum -; do
+    sum=$tool                           # yash forgets the variable of a loop with its function
+    ! "$sum" </dev/null >/dev/null 2>&1 || break
+  done
 }
 
 # Lists the replica: kind, mode, size, time, file system, path, two slashes, where a link leads. The arguments
