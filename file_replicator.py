@@ -1018,21 +1018,25 @@ def entry_of(status: os.stat_result) -> Entry:
                  (status.st_dev, status.st_ino), status.st_ctime_ns)
 
 
-def made_ns(path: str) -> int:
-    """When what stands at a path was made, in nanoseconds; 0 if the system or its file system does not say.
-    It stands in statx (2), which Python does not know."""
+@functools.lru_cache(maxsize=None)
+def statx() -> Tuple[Callable, Callable]:
+    """statx (2), which Python does not know, or what always fails; and what makes room for its answer."""
     try:
         import ctypes
-        statx = ctypes.CDLL(None).statx
+        return ctypes.CDLL(None).statx, ctypes.create_string_buffer
     except (ImportError, OSError, AttributeError):
-        return 0
+        return lambda *words: -1, bytes
+
+
+def made_ns(path: str) -> int:
+    """When what stands at a path was made, in nanoseconds; 0 if system or file system do not say."""
+    call, room = statx()
+    status = room(256)
     here, no_follow, made = -100, 0x100, 0x800          # AT_FDCWD, AT_SYMLINK_NOFOLLOW, STATX_BTIME
-    status = ctypes.create_string_buffer(256)
-    failed = statx(here, os.fsencode(path), no_follow, made, status)
-    if failed or not struct.unpack_from('I', status)[0] & made:
+    if call(here, os.fsencode(path), no_follow, made, status):
         return 0
-    seconds, nanoseconds = struct.unpack_from('qI', status, 80)
-    return seconds * 10**9 + nanoseconds
+    known, seconds, nanoseconds = struct.unpack_from('=I76xqI', status)
+    return seconds * 10**9 + nanoseconds if known & made else 0
 
 
 def is_directory(item: os.DirEntry[str]) -> bool:
