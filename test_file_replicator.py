@@ -6801,7 +6801,7 @@ def test_a_remote_hook_that_could_not_be_told_is_told_the_next_time(fault_open):
     write(source + '/x', 'x')
     with fault_tmpfs(tmp + '/far', 'size=300k'):
         with Running(tmp, '--remote-hook', "tr '\\0' ' ' >>%s/told" % tmp, source, tmp + '/far', 'dash') as running:
-            until(lambda: os.path.exists(tmp + '/told'), 10, running.log)
+            until(lambda: os.path.exists(tmp + '/told') and not fault_staging(tmp + '/far'), 10, running.log)
             ballast = fault_fill(tmp + '/far')
             os.rename(source + '/x', source + '/renamed')
             until(lambda: 'remote hook' in running.err(), 10, running.log)
@@ -6880,5 +6880,5 @@ def test_what_was_unpacked_into_a_staging_that_was_taken_away_is_not_said_to_be_
         for number in range(5):
             write(str(tmp_path / 'new' / str(number)))
         os.rename(str(tmp_path / 'new'), str(source / 'new'))
-        until(lambda: option_has(there, 'new/4') and 'connected again' in running.err(), 10, running.log)
-        assert len(option_lines(running.out(), 'sent')) == 6
+        until(lambda: 'connected again' in running.err() and running.out().count('in step') == 2, 10, running.log)
+        assert len(option_lines(running.out(), 'sent')) == 6 and option_has(there, 'new/4')
