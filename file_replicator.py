@@ -388,7 +388,6 @@ do_beat() { :; }
 # instead of writing them.
 do_stage() {
   [ -z "$staged" ] || return 0
-  umask 077
   mkdir -m 700 "$stage" 2>/dev/null && staged=1         # before others go: of two at once, one must notice
   for old in ./.file_replicator.????????????; do
     case ${old#./.file_replicator.} in
@@ -418,6 +417,7 @@ do_probe() {
     echo "$many" | { take 70000 2>/dev/null | wc -c; wc -c; } |
       { read -r a && read -r b && [ "$a$b" = 7000061073 ]; } && break
   done
+  umask 077
   mkdir "$stage/p" || return 1
   case $(stat -c %a "$stage/p") in *700) acl='' ;; *) acl=acl ;; esac
   { echo probe >"$stage/p/p"; } 2>/dev/null     # not on a full disk, but what is to go can go
@@ -732,9 +732,14 @@ def ancestors(path: str) -> Iterator[str]:
     return (path[:at.start()] for at in re.finditer('/', path))
 
 
-def is_below(path: str, directories: Iterable[str]) -> bool:
+def is_below(path: str, directories: Collection[str]) -> bool:
     """Whether a path is in one of these directories, at any depth."""
-    return any(path.startswith(directory and directory + '/') for directory in directories)
+    return '' in directories or any(directory in directories for directory in ancestors(path))
+
+
+def is_staging(path: str) -> bool:
+    """Whether a path is named as what a receiver makes on the way."""
+    return bool(STAGING.fullmatch(path.rpartition('/')[2]))
 
 
 def shown(path: str) -> str:
@@ -875,29 +880,28 @@ class Git:
     def matches(self, path: str) -> bool:
         """Whether a pattern has a path left out: one process answers all through. It ends at a path in a
         submodule, or behind a link: those are not its to judge."""
-        answer = b''
         for _ in range(GIT_TRIES):
-            if self.asking is None:
-                self.asking = self.start(
-                    'check-ignore', '-z', '--stdin', '--verbose', '--non-matching', stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
-            with contextlib.suppress(BrokenPipeError):
-                self.asking.stdin.write(b'./' + os.fsencode(path) + b'\0')
-            while answer.count(b'\0') < 4:      # source, line, pattern, path
-                more = self.asking.stdout.read(65536)
-                answer += more
-                if not more:
-                    break
-            else:
-                break
-            if self.close() >= 0:
+            fields = self.answer(path)
+            if len(fields) > 4:         # source, line, pattern, path, each with a NUL behind
+                return bool(fields[2]) and not fields[2].startswith(b'!')
+            if self.close() >= 0:       # below, somebody killed it
                 return False
-            answer = b''                # somebody killed it
-        else:
-            raise Stop('git, which says what to leave out of %s, is killed each time; use --no-gitignore'
-                       % shown(self.top))
-        pattern = answer.split(b'\0')[2]
-        return bool(pattern) and not pattern.startswith(b'!')
+        raise Stop('git, which says what to leave out of %s, is killed each time; use --no-gitignore'
+                   % shown(self.top))
+
+    def answer(self, path: str) -> List[bytes]:
+        """What check-ignore says of a path, field by field; fewer than there should be where it ended."""
+        if self.asking is None:
+            self.asking = self.start(
+                'check-ignore', '-z', '--stdin', '--verbose', '--non-matching', stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
+        with contextlib.suppress(BrokenPipeError):
+            self.asking.stdin.write(b'./' + os.fsencode(path) + b'\0')
+        answer, more = b'', b'?'
+        while more and answer.count(b'\0') < 4:
+            more = self.asking.stdout.read(65536)
+            answer += more
+        return answer.split(b'\0')
 
     def close(self) -> int:
         """Ends what answers; its exit status, below 0 if it was killed."""
@@ -992,8 +996,9 @@ class LeftOut:
         size = 0
         for path in sorted(self.ignored, key=len)[:100]:
             size += len(path)
-            if size < 16384:            # no argument may be longer than 128 kB, receiver and all
-                words += ['-path', './' + re.sub(r'([][*?\\])', r'\\\1', path), '-prune', '-o']
+            if size >= 16384:           # no argument may be longer than 128 kB, receiver and all
+                break
+            words += ['-path', './' + re.sub(r'([][*?\\])', r'\\\1', path), '-prune', '-o']
         return words
 
     def close(self) -> None:
@@ -1484,7 +1489,7 @@ class Source:
             raise Stop('the replica is inside of what it replicates: choose another destination')
         if kind == 's':
             self.report.notice(path, 'is left out: it is no file, directory or link')
-        elif STAGING.fullmatch(name):
+        elif is_staging(name):
             self.report.notice(path, 'is left out: it is named as our staging is')
         else:
             return True
@@ -1612,7 +1617,8 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
     """The steps that make `remote` equal to `local` at these paths, in the order they must be taken; `remote`
     is changed as they will change it. A hint of CONTENT has a file sent even if size and time are the same,
     META has only mode and time set where only they differ. Without `delete`, what is only in `remote` stays,
-    and moves are copies. What is in the `unlisted` directories of `local` is not known, so it stays too.
+    but for what a session left of its own, and moves are copies. What is in the `unlisted` directories of
+    `local` is not known, so it stays too.
     `made_ns` says when what stands here was made, 0 if that is not known; asked only where it decides."""
     steps: List[Step] = []
     opened: Set[str] = set()            # directories in which something changes, or that were opened for it
@@ -1715,9 +1721,9 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
             disturbed.add(path)
         else:
             disturbed.add(path)
-    for path in sorted(gone, reverse=True) if delete else ():
+    for path in sorted(gone, reverse=True):
         there = remote.get(path)
-        if there is not None:
+        if there is not None and (delete or is_staging(path)):
             take('remove' if there.kind in 'fl' else 'rmdir', path, None)
     for path in files:
         there, here = remote.get(path), local.get(path)
@@ -2443,7 +2449,8 @@ class Hooks:
         while True:
             times, paths = 1, self.queue.get()
             while not self.queue.empty():       # what came while it ran is one run
-                times, paths = times + 1, {**paths, **self.queue.get()}
+                times += 1
+                paths.update(self.queue.get())
             try:
                 self.run(names_of(paths))
             except OSError as error:
@@ -2573,9 +2580,6 @@ class Replica:
         else:
             hints = since
             self.excused.update(set(differences(source.tree, self.remote)) - since.keys())
-        if options.no_delete:           # but what a session that was killed left of its own
-            litter = [path for path in self.remote.below('') if STAGING.fullmatch(path.rpartition('/')[2])]
-            self.carry_out(plan(self.remote, source.tree, dict.fromkeys(litter, LOOK)))
         self.remote.put('', self.remote.get('') or source.tree.get(''))
         self.known, self.begun = None, True
         del far.listing[:]
@@ -2609,7 +2613,7 @@ class Replica:
             return True
         if self.options.mirror:
             self.source.left_out.ask([path], gone=True)
-        return (entry.kind != 'd' and bool(STAGING.fullmatch(path.rpartition('/')[2]))
+        return (entry.kind != 'd' and is_staging(path)
                 or self.options.mirror and not self.source.left_out.within(path, entry.kind == 'd'))
 
     def compare(self, hints: Dict[str, int]) -> None:

@@ -6607,17 +6607,22 @@ def test_what_is_mounted_is_known_in_a_replica_of_any_name(fault_open, shell):
         assert os.path.exists(tmp + '/theirs/precious') and os.path.exists(far + '/src/f')
 
 
+def fault_default_acl(directory):
+    """What is made in a directory may be written by its group and read by others, whatever the umask."""
+    entries = ((1, 7), (4, 7), (0x20, 5))       # the owner, the group, others
+    acl = struct.pack('<I', 2) + b''.join(struct.pack('<HHI', tag, bits, 0xffffffff) for tag, bits in entries)
+    try:
+        os.setxattr(str(directory), 'system.posix_acl_default', acl)
+    except OSError:
+        pytest.skip('no ACLs here')
+
+
 @fault_in_each_shell
 def test_a_default_acl_over_there_opens_nothing(tmp_path, shell):
     """A umask means nothing where one rules: g::rwx as the group of a web server has it."""
     source, there = str(tmp_path / 'src'), str(tmp_path / 'far/src')
     os.makedirs(there)
-    entries = ((1, 7), (4, 7), (0x20, 5))       # the owner, the group, others
-    acl = struct.pack('<I', 2) + b''.join(struct.pack('<HHI', tag, bits, 0xffffffff) for tag, bits in entries)
-    try:
-        os.setxattr(there, 'system.posix_acl_default', acl)
-    except OSError:
-        pytest.skip('no ACLs here')
+    fault_default_acl(there)
     for name, mode in (('secret', 0o600), ('run', 0o700), ('plain', 0o644), ('large', 0o640)):
         write(source + '/' + name, FAULT_BIG if name == 'large' else name, mode)
     os.mkdir(source + '/closed', 0o700)
@@ -6635,11 +6640,7 @@ def test_nothing_is_readable_for_a_moment_where_a_default_acl_rules(tmp_path):
     seen = str(tmp_path / 'seen')
     source, there = option_source(tmp_path)
     there.mkdir()
-    acl = struct.pack('<I', 2) + b''.join(struct.pack('<HHI', tag, 7, 0xffffffff) for tag in (1, 4, 0x20))
-    try:
-        os.setxattr(str(there), 'system.posix_acl_default', acl)
-    except OSError:
-        pytest.skip('no ACLs here')
+    fault_default_acl(there)
     write(str(source / 'secret'), 'secret', 0o600)
     write(str(source / 'large'), FAULT_BIG, 0o600)
     for tool in ('mv', 'touch'):        # what stands there when one of them begins
