@@ -35,7 +35,6 @@ import sys
 import tempfile
 import threading
 import time
-import zlib
 
 import pytest
 
@@ -6440,20 +6439,6 @@ def test_help_is_grouped_and_each_option_has_its_default_or_its_unit(tmp_path):
     assert max(map(len, done.stdout.splitlines())) <= 110
     assert once('--version').stdout == 'file_replicator %s\n' % fr.__version__
     assert once('--receiver').stdout == fr.RECEIVER
-
-
-# ==== Three at a time =========================================================================================
-#
-# SHARD=1, 2 and 3 run a third of the tests each, by a sum of their names, so that three processes share the work, much of which is to wait.
-# What changes a setting of the whole kernel is in none of them: SHARD=alone. Without SHARD all is run.
-
-ALONE = {'test_a_queue_of_events_that_ran_over_is_made_good', 'test_lost_events_are_made_good',
-         'test_it_imports_the_standard_library_and_inotify_simple_only'}
-
-if 'SHARD' in os.environ:
-    for name in [name for name in globals() if name.startswith('test_')]:
-        if str('alone' if name in ALONE else 1 + zlib.crc32(name.encode()) % 3) != os.environ['SHARD']:
-            del globals()[name]
 
 
 # ---- what stands in the place of something else
