@@ -376,7 +376,7 @@ do_hook() {
     umask 022
     LC_ALL=$locale exec sh -c "$hook" <"$stage/hook"
   ) && return
-  echo "it ended with status $?"
+  printf '\nit ended with status %s\n' $?         # behind a last line that may lack its newline
   return 1
 }
 

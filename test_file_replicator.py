@@ -6263,6 +6263,9 @@ def test_what_a_remote_hook_prints_is_shown_as_it_is(tmp_path):
     said = ['main.c: 12: undefined x', 'run.sh: line 3: oops', 'backup: time stamp 17:00', '1+0 records in']
     done = option_once(tmp_path, '--remote-hook', 'printf "%s\\n" ' + ' '.join(map(shlex.quote, said)))
     assert all(line in done.stderr for line in said), done.stderr
+    write(str(tmp_path / 'src/f'), 'more')
+    done = option_once(tmp_path, '--remote-hook', 'printf "no newline"; exit 3')
+    assert 'no newline; it ended with status 3' in done.stderr
 
 
 def test_without_initial_replication_a_change_of_the_mode_sends_what_was_never_the_same(tmp_path):
