@@ -7,13 +7,13 @@ import os
 
 ALONE = {'test_a_queue_of_events_that_ran_over_is_made_good', 'test_lost_events_are_made_good',
          'test_it_imports_the_standard_library_and_inotify_simple_only'}
-FIRST = 'silence', 'cannot_be_renamed', 'never_as_it_listed'        # these take longest, most of it waiting
+LONGEST = 'test_silence_is_noticed_within_45_seconds_with_data_on_the_way_and_without'
 SHARE = os.environ['SHARE']
 
 
 def pytest_collection_modifyitems(items):
     items[:] = [item for item in items if (item.originalname in ALONE) == (SHARE == 'alone')]
-    items.sort(key=lambda item: not any(words in item.name for words in FIRST))
+    items.sort(key=lambda item: item.name != LONGEST)
 
 
 def pytest_runtest_protocol(item):
