@@ -337,7 +337,7 @@ do_move() {
 do_bulk() {
   umask 022
   if [ "$w1" = tar ]; then
-    take "$length" | (cd "$stage" && umask 0 && "$tar" xpof - 2>&1)
+    take "$length" | (cd "$stage" && umask 0 && run_tar xpof - 2>&1)
     took=$?
     settle || took=1
   else
@@ -428,16 +428,23 @@ do_probe() {
   touch -d @1 "$stage/p"
   ! find_tool tar || tar=$found
   can=script
-  # busybox's sets no times of directories; GNU's takes a default ACL for the mode
-  if [ -z "$acl" ] &&
-     (cd "$stage" && "$tar" cf - p | { mkdir x && cd x && "$tar" xpof - && [ -s p/p ]; }) 2>/dev/null; then
+  # GNU's takes a default ACL for the mode
+  if [ -z "$acl" ] && { has_tar || { tar='busybox' applet='tar'; has_tar; }; }; then
     can='tar'
-    [ "$(stat -c %Y "$stage/x/p")" != 1 ] || can=tar+
+    [ "$(stat -c %Y "$stage/x/p")" != 1 ] || can=tar+           # busybox's sets no times of directories
   fi
   find_sum
   rm -rf "$stage/x" "$stage/p"
   echo "$nonce + $can $fine $sum ${acl:--}"
 }
+
+# The tar that was found: a tool, or what busybox has though no link to it is named so.
+run_tar() { "$tar" ${applet:+"$applet"} "$@"; }
+
+# True if it works: it unpacks into x what it packed.
+has_tar() {
+  (cd "$stage" && run_tar cf - p | { mkdir -p x && cd x && run_tar xpof - && [ -s p/p ]; })
+} 2>/dev/null
 
 # Sets found to the file of the tool $1 in PATH. A standalone busybox uses its own tools and never looks
 # there, but GNU's find and touch know fractions of a second and its tar sets them.
@@ -550,7 +557,7 @@ main() {
   locale=$FILE_REPLICATOR FILE_REPLICATOR=$nonce
   shift 6
   mark=.file_replicator.$nonce-new stage=./.file_replicator.$nonce staged='' temp='' acl='' root_time=''
-  touch='touch' tar='tar'
+  touch='touch' tar='tar' applet=''
   exec 2>&1
   if [ -h "$root" ] || [ ! -d "$root" ]; then
     case $flags in *d*) echo; echo "$nonce ready"; echo "$nonce listed"; exit ;; esac

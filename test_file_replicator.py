@@ -213,11 +213,24 @@ def shell_command(tmp, shell):
     return ['env', 'PATH=%s:%s' % (shims, os.environ['PATH']), real]
 
 
+def busybox_without_tar(path):
+    """A busybox that lacks that applet, by whatever way it is asked for: it has another name in its table."""
+    with open(need('busybox'), 'rb') as file:
+        data = file.read()
+    assert data.count(b'\0tail\0tar\0') == 1
+    write(path, data.replace(b'\0tail\0tar\0', b'\0tail\0taq\0'), 0o755)
+    return path
+
+
 def busybox_root(directory, without=()):
-    """A root that holds nothing but busybox and its links. The applets in `without` are missing, as applets and links."""
-    busybox = need('busybox')
+    """A root that holds nothing but busybox and its links. There are no links to the applets in `without`, and tar is not in
+    it at all."""
+    busybox = os.path.join(directory, 'bin', 'busybox')
     os.makedirs(os.path.join(directory, 'bin'), exist_ok=True)
-    shutil.copy(busybox, os.path.join(directory, 'bin', 'busybox'))
+    if 'tar' in without:
+        busybox_without_tar(busybox)
+    else:
+        shutil.copy(need('busybox'), busybox)
     for name in subprocess.run([busybox, '--list'], stdout=subprocess.PIPE, check=True).stdout.decode().split():
         if name not in without and name != 'busybox':
             with contextlib.suppress(FileExistsError):
@@ -839,6 +852,8 @@ def need_root():
 
 def without_tar(tmp, words):
     """The same connection command where tar does not work."""
+    if words[0] == 'busybox':
+        words = [busybox_without_tar(os.path.join(str(tmp), 'busybox')), *words[1:]]
     write(os.path.join(str(tmp), 'no-tar', 'tar'), '#!/bin/sh\nexit 1\n', 0o755)
     path = next((word for word in words if word.startswith('PATH=')), 'PATH=' + os.environ['PATH'])
     return ['env', 'PATH=%s/no-tar:%s' % (tmp, path[5:]), *words[2 * (words[0] == 'env'):]]
@@ -999,10 +1014,7 @@ def make_far_side(kind, request, tmp_path):
     root = str(there)
     if name == 'chroot of dash':
         return FarSide([need('chroot'), dash_root(root), '/bin/sh'], '/srv', root + '/srv', whole=True)
-    busybox_root(root)
-    if no_tar:      # without the link the shell would still find its own, but not where this comes first
-        os.unlink(root + '/bin/tar')
-        write(root + '/bin/tar', '#!/bin/sh\nexit 1\n', 0o755)
+    busybox_root(root, without=('tar',) if no_tar else ())
     return FarSide([need('chroot'), root, '/bin/busybox', 'sh'], '/srv', root + '/srv', whole=True)
 
 
@@ -4778,6 +4790,22 @@ def test_hostile_names_and_contents_arrive_without_tar(tmp_path, shell):
     fault_command(tmp_path / ('shims-' + shell), 'tar', '#!/bin/sh\nexit 1\n')
     once('--no-gitignore', '--no-replicate-on-change', source, far, *connect)
     assert not difference(source, far + '/src')
+
+
+@pytest.mark.parametrize('kind, what', [('bash', 'tar'), ('bash, no tar', 'script'), ('busybox sh, no tar', 'script'),
+                                        ('chroot of busybox', 'tar'), ('chroot of busybox, no tar', 'script'),
+                                        ('chroot of busybox, no link', 'tar')])
+def test_many_files_travel_as_an_archive_wherever_there_is_a_tar(request, tmp_path, kind, what):
+    far = make_far_side(kind.replace(', no link', ''), request, tmp_path)
+    if 'no link' in kind:
+        os.unlink(str(tmp_path / 'there/bin/tar'))
+    source = str(tmp_path / 'src')
+    for number in range(9):
+        write('%s/%d' % (source, number), mtime_ns=10**18)
+    os.utime(source, ns=(10**18, 10**18))       # which any touch can set
+    done = once('--no-replicate-on-change', '--debugging', source, far.parent, *far.words)
+    assert not difference(source, far.seen + '/src')
+    assert set(re.findall(r'record bulk \d+ \d+ (\w+)', done.stderr)) == {what}
 
 
 def test_names_that_our_staging_has_are_left_out_with_a_notice(tmp_path):
