@@ -231,7 +231,7 @@ do_file() {
   umask "$w1"
   temp=${1%/*}/$mark refused=0
   if [ "$w4" = - ]; then
-    [ -z "$acl" ] || { : >"$temp"; chmod 600 "$temp"; }
+    [ -z "$acl" ] || { true >"$temp" && chmod 600 "$temp"; }
     store "$temp"
   else
     [ -z "$acl" ] || chmod 600 "$stage/$w4"
@@ -1728,6 +1728,8 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
             disturbed.add(path)
         else:
             disturbed.add(path)
+            if there is not None and there.mode & ~here.mode & 0o77:    # whom it keeps out sees nothing come
+                take('meta', path, there._replace(mode=there.mode & (here.mode | 0o700)), 'm')
     for path in sorted(gone, reverse=True):
         there = remote.get(path)
         if there is not None and (delete or is_staging(path)):
@@ -2771,6 +2773,12 @@ class Replica:
             for path, here in entries.items() if movable else ():
                 if here is not None and here.inode in movable and remote.get(path) is None:
                     first[path] = changed[path]
+            size = 0
+            for path, here in entries.items():
+                if here is not None and here.kind != 'd' and remote.get(path) is not None:
+                    size += bulk_size(here) + 512
+                    if size < BULK_BYTES:       # an edit need not wait for what is new
+                        first[path] = changed[path]
             self.waiting.update((path, changed[path]) for path in sorted(changed) if path not in first)
             changed = first
         self.send(changed)

@@ -4226,6 +4226,21 @@ def test_a_fresh_edit_goes_before_the_backlog(tmp_path, monkeypatch, most, befor
         assert len(os.listdir(far + '/src/backlog')) < before
 
 
+def test_a_fresh_edit_goes_before_what_is_new_though_both_are_seen_at_once(tmp_path):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/edited', 'first')
+    os.mkdir(far)
+    connect = fault_python(tmp_path, 'buffer', FAULT_BUFFER)
+    with Running(tmp_path, source, far, connect, 1, 'dash') as running:
+        running.process.send_signal(signal.SIGSTOP)
+        for i in range(320):
+            write('%s/backlog/%d' % (source, i), FAULT_BIG[:50000])
+        write(source + '/edited', 'then')
+        running.process.send_signal(signal.SIGCONT)
+        until(lambda: fault_holds(far, 'src/edited', b'then'), 20, running.log)
+        assert not os.path.exists(far + '/src/backlog') or len(os.listdir(far + '/src/backlog')) < 100
+
+
 @pytest.mark.parametrize('change', ['rm a', 'mv a b', 'rm -r d', 'mv d e'])
 def test_what_was_about_to_go_when_the_connection_ended_goes_all_the_same(tmp_path, change):
     source, far, shims = str(tmp_path / 'src'), str(tmp_path / 'far'), tmp_path / 'shims-dash'
@@ -6651,6 +6666,36 @@ def test_a_default_acl_over_there_opens_nothing(tmp_path, shell):
         for number in range(9):
             write(source + '/many/%d' % number, 'many', 0o600 + 0o40 * (number % 2))
         until_equal(source, there, running=running)
+
+
+@fault_in_each_shell
+def test_what_cannot_be_made_where_a_default_acl_rules_is_named_and_keeps_nothing_else(fault_open, tmp_path, shell):
+    source, far = fault_open + '/src', fault_open + '/far'
+    for name in ('closed/file', 'after'):
+        write(source + '/' + name)
+    os.makedirs(far + '/src/closed')
+    fault_give(far, far + '/src')
+    fault_default_acl(far + '/src')
+    with Running(tmp_path, source, far, *fault_other_user(fault_open, shell), wait=False) as running:
+        running.says('not in step')
+        assert 'file_replicator: closed/file: ' in running.err()
+        write(source + '/later')
+        until(lambda: os.path.exists(far + '/src/after') and os.path.exists(far + '/src/later'), 10, running.log)
+        assert 'connection lost' not in running.err()
+
+
+@pytest.mark.parametrize('directory', ['', 'd'])
+def test_a_directory_that_is_closed_to_others_is_closed_before_anything_comes_into_it(tmp_path, directory):
+    source, there = tmp_path / 'src', tmp_path / 'far/src'
+    for number in range(5):
+        write(str(source / directory / str(number)), 'secret', 0o644)
+    (source / directory).chmod(0o700)
+    (there / directory).mkdir(parents=True)
+    (there / directory).chmod(0o755)
+    done = once('--no-replicate-on-change', '--debugging', source, there.parent, 'bash')
+    records = re.findall(r'record (\w+) \d+ \d+ (\w+)', done.stderr)
+    assert ('meta', '00700') in records and records.index(('meta', '00700')) < records.index(('bulk', 'tar'))
+    assert not difference(str(source), str(there))
 
 
 def test_nothing_is_readable_for_a_moment_where_a_default_acl_rules(tmp_path):
