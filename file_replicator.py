@@ -388,7 +388,8 @@ do_beat() { :; }
 # instead of writing them.
 do_stage() {
   [ -z "$staged" ] || return 0
-  mkdir -m 700 "$stage" 2>/dev/null && staged=1         # before others go: of two at once, one must notice
+  mkdir -m 700 "$stage" 2>/dev/null     # before others go: of two at once, one must notice
+  [ ! -d "$stage" ] || staged=1         # that may have failed only at its mode
   for old in ./.file_replicator.????????????; do
     case ${old#./.file_replicator.} in
       "$nonce" | *[!0-9a-f]*) ;;
@@ -425,7 +426,7 @@ do_probe() {
   if ! touch -d @1.5 "$stage/p" 2>/dev/null; then
     if find_tool touch && "$found" -d @1.5 "$stage/p" 2>/dev/null; then touch=$found; else fine=whole; fi
   fi
-  touch -d @1 "$stage/p"
+  touch -d @1 "$stage/p/p" "$stage/p"
   ! find_tool tar || tar=$found
   can=script
   # GNU's takes a default ACL for the mode
@@ -441,9 +442,10 @@ do_probe() {
 # The tar that was found: a tool, or what busybox has though no link to it is named so.
 run_tar() { "$tar" ${applet:+"$applet"} "$@"; }
 
-# True if it works: it unpacks into x what it packed.
+# True if it works: it unpacks into x what it packed, with its time, which FUSE may lose though GNU's tar set it.
 has_tar() {
-  (cd "$stage" && run_tar cf - p | { mkdir -p x && cd x && run_tar xpof - && [ -s p/p ]; })
+  (cd "$stage" && run_tar cf - p | { mkdir -p x && cd x && run_tar xpof - && [ -s p/p ]; } &&
+    [ "$(stat -c %Y x/p/p)" = 1 ])
 } 2>/dev/null
 
 # Sets found to the file of the tool $1 in PATH. A standalone busybox uses its own tools and never looks
@@ -1018,7 +1020,7 @@ class LeftOut:
 KINDS = {stat.S_IFREG: 'f', stat.S_IFDIR: 'd', stat.S_IFLNK: 'l'}  # all else is 's': a socket, FIFO or device
 TICK_NS = 50 * 10**6            # by which the time of a file may lag behind the clock, at most
 # of git's own directory, and of those above the root; the last two come with a new repository
-RULES = '.gitignore', 'exclude', 'index', 'HEAD', 'info'
+RULES = '.gitignore', 'exclude', 'index', 'config', 'HEAD', 'info'
 LOOKS = 10                      # in a row, while there are new events, before what was seen is sent
 
 
@@ -1382,8 +1384,10 @@ class Source:
         before = self.tree.get(path)
         if before != entry:
             self.changed.setdefault(path, LOOK)
-            if kind == 'f' and not why and before is not None and before[:6] == entry[:6]:
-                self.changed[path] = CONTENT    # only its ctime is another, and no event told why
+            # Only its ctime is another, and no event told why; or that cannot tell, as where it is in seconds.
+            if kind == 'f' and before is not None and (
+                    before.ctime_ns == entry.ctime_ns if why else before[:6] == entry[:6]):
+                self.changed[path] = CONTENT
             if before is not None and before.kind == 'd' and kind != 'd':
                 self.lose(path)
             elif before is not None and before.inode != entry.inode:
@@ -2608,8 +2612,9 @@ class Replica:
                 continue
             if unlisted and self.source.tree.get(path) is None and is_below(path, unlisted):
                 continue                # what could not be read here is not what is not here
-            if mounts and (path in mounts or is_below(path, mounts)) and self.source.tree.get(path) is None:
-                continue                # nothing that is mounted is removed
+            if (mounts and (path in mounts or is_below(path, mounts)) and self.source.tree.get(path) is None
+                    and not (self.known and self.known.get(path))):
+                continue                # nothing that is mounted is removed, but for what we put there
             if root_device is None:
                 root_device = device
             elif device != root_device and entry.kind == 'd':

@@ -5491,6 +5491,16 @@ def test_rules_that_stand_elsewhere_are_taken_up_while_watching(tmp_path):
         until(lambda: option_has(there, 'b.tmp'), 5)
         write(str(tmp_path / '.gitignore'), '')             # above SRC_DIR, in the same work tree
         until(lambda: option_has(there, 'a.log'), 5)
+        write(str(source / 'asked'))
+        until(lambda: option_has(there, 'asked'), 5)
+        write(str(tmp_path / 'rules'), '*.new\n')
+        git(tmp_path, 'config', 'core.excludesFile', str(tmp_path / 'rules'))
+        write(str(source / 'c.new'))
+        write(str(source / 'd'))
+        until(lambda: option_has(there, 'd'), 5)
+        assert not option_has(there, 'c.new')
+        git(tmp_path, 'config', '--unset', 'core.excludesFile')
+        until(lambda: option_has(there, 'c.new'), 5)
 
 
 def test_what_is_made_while_watching_is_decided_as_git_would(tmp_path):
@@ -6637,6 +6647,71 @@ def test_what_is_mounted_is_known_in_a_replica_of_any_name(fault_open, shell):
     with fault_mount(far + '/src/m n', '--bind', tmp + '/theirs'):
         once('--mirror', '--no-replicate-on-change', source, far, *shell_command(tmp, shell))
         assert os.path.exists(tmp + '/theirs/precious') and os.path.exists(far + '/src/f')
+
+
+def test_what_we_put_below_a_mount_point_goes_though_it_was_removed_while_there_was_no_connection(fault_open):
+    tmp, source, there = fault_open, fault_open + '/src', fault_open + '/far/src'
+    for name in ('m/ours', 'm/kept', 'a'):
+        write(source + '/' + name)
+    write(tmp + '/theirs/precious')
+    os.makedirs(there + '/m')
+    with fault_mount(there + '/m', '--bind', tmp + '/theirs'), Running(tmp, '--mirror', source, tmp + '/far', 'dash') as running:
+        running.process.send_signal(signal.SIGSTOP)
+        for pid in running.connections():
+            os.kill(pid, signal.SIGKILL)
+        os.unlink(source + '/m/ours')
+        running.process.send_signal(signal.SIGCONT)
+        running.in_step(2)
+        assert sorted(os.listdir(tmp + '/theirs')) == ['kept', 'precious']
+
+
+def test_a_file_that_is_replaced_within_a_second_is_sent_though_times_here_are_whole_seconds(fault_open):
+    tmp, source, far = fault_open, fault_open + '/here/src', fault_open + '/far'
+    with open(tmp + '/image', 'wb') as image:
+        image.truncate(8 << 20)
+    subprocess.run([need('mkfs.ext4'), '-q', '-F', '-I', '128', tmp + '/image'], stderr=subprocess.DEVNULL, check=True)
+    os.makedirs(tmp + '/here')
+    os.mkdir(far)
+    fault_root()
+    subprocess.run(['mount', '-o', 'loop', tmp + '/image', tmp + '/here'], check=True)
+    write(source + '/f', 'first')
+    with Running(tmp, '--no-gitignore', source, far, 'dash') as running:
+        for number in range(4):
+            until(lambda: time.time() % 1 < 0.2, 5)     # early in a second
+            write(source + '/f', 'a%d' % number)
+            until_equal(source, far + '/src', 5, running=running)
+            write(source + '/new', 'b%d' % number)
+            os.rename(source + '/new', source + '/f')
+            until_equal(source, far + '/src', 5, running=running)
+
+
+def test_a_far_tar_that_loses_times_is_not_used(tmp_path):
+    """As GNU's does on a FUSE file system that ignores one of two times."""
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    for number in range(5):
+        write('%s/%d' % (source, number), mtime_ns=10**18)
+    os.mkdir(far)
+    connect = shell_command(tmp_path, 'dash')
+    fault_command(tmp_path / 'shims-dash', 'tar', '#!/bin/sh\n%s "$@" || exit\n[ "$1" != xpof ] || find . -type f -exec touch {} +\n'
+                  % need('tar'))
+    once('--no-replicate-on-change', source, far, *connect)
+    assert not difference(source, far + '/src')
+
+
+@pytest.mark.parametrize('shell', ['bash', 'dash', 'mksh'])
+def test_where_no_mode_can_be_set_the_bytes_arrive_and_the_modes_are_named(tmp_path, shell):
+    """busybox's mkdir makes the directory and fails then."""
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/d/f', 'data', 0o755)
+    os.mkdir(far)
+    connect = shell_command(tmp_path, shell)
+    shims = tmp_path / ('shims-' + shell)
+    fault_command(shims, 'chmod', '#!/bin/sh\necho not here; exit 1\n')
+    fault_command(shims, 'mkdir', '#!/bin/sh\ncase $1 in -m) shift 2; %s "$@"; echo not here; exit 1 ;; esac\nexec %s "$@"\n'
+                  % (need('mkdir'), need('mkdir')))
+    done = once('--no-replicate-on-change', source, far, *connect, expect=1)
+    assert 'd/f: its mode or time could not be set: not here' in done.stderr
+    assert fault_holds(far, 'src/d/f', b'data')
 
 
 def fault_default_acl(directory):
