@@ -61,12 +61,10 @@ __version__ = '1.0'
 #
 #     verb    words                    paths, bytes                   what it does
 #     probe                            0                              makes the staging, says what it can do
-#     stage                            0                              makes the staging
 #     rest                             0                              removes it
 #     file    umask mode time name     1, the file's or none          replaces a file, in one rename
 #     part    where name               0, a part of a large file      goes to a staged file
-#     base    name blocks size bytes   1                              stages what stands there, says its sums
-#     drop    name                     0                              forgets a staged file
+#     base    name blocks size         1                              stages what stands there, says its sums
 #     dir     mode                     1                              makes a directory
 #     link    time                     2: its target and a dot, path  replaces a symbolic link
 #     meta    mode time                1 or more                      sets them; - is neither
@@ -243,22 +241,18 @@ do_file() {
   return $refused
 }
 
-# part SEEK NAME: the bytes go to the staged file NAME: make it (SEEK is +), to its end (-), or SEEK times 64
-# KiB into it. Once one failed the file is not asked for.
+# part SEEK NAME: the bytes go to the staged file NAME: to its end (SEEK is -), or SEEK times 64 KiB into it.
 do_part() {
   umask 077
-  if [ "$w1" = + ]; then rm -f "$stage/$w2"; elif ! [ -f "$stage/$w2" ]; then skip; return 1; fi
-  case $w1 in
-    [+-]) store "$stage/$w2" ;;
-    *) take "$length" | dd ibs=65536 obs=65536 seek="$w1" conv=notrunc of="$stage/$w2"
-       took=$?
-       settle && [ "$took" = 0 ] ;;
-  esac
+  if [ "$w1" = - ]; then store "$stage/$w2"; return; fi
+  take "$length" | dd ibs=65536 obs=65536 seek="$w1" conv=notrunc of="$stage/$w2"
+  took=$?
+  settle && [ "$took" = 0 ]
 }
 
-# base NAME BLOCKS SIZE BYTES: stages what stands at the path as NAME, BLOCKS blocks of SIZE bytes, BYTES in
-# all, and says each one's sum. The sums are of the bytes as they were staged, so a change over there
-# meanwhile cannot be patched wrongly; nor can what a full disk left out.
+# base NAME BLOCKS SIZE: stages what stands at the path as NAME, BLOCKS blocks of SIZE bytes, and says each
+# one's sum. The sums are of the bytes as they were staged, so a change over there meanwhile cannot be patched
+# wrongly; nor can what a full disk left out.
 do_base() {
   [ -f "$1" ] && [ ! -h "$1" ] || return 2
   umask 077
@@ -268,11 +262,8 @@ do_base() {
     take "$w3" | tee -a "$stage/$w1" | "$sum"
     blocks=$((blocks - 1))
   done <"$1"
-  [ "$(stat -c %s "$stage/$w1")" = "$w4" ]
+  [ "$(stat -c %s "$stage/$w1")" = $((w2 * w3)) ]
 }
-
-# drop NAME: forgets the staged file NAME.
-do_drop() { rm -f "$stage/$w1"; }
 
 # dir MODE: makes a directory. What is in the way and is none goes.
 do_dir() {
@@ -383,10 +374,10 @@ do_hook() {
 # beat: nothing, to see whether the connection lives.
 do_beat() { :; }
 
-# stage: makes the staging, for what is put together there before it takes its place. Another session's goes:
-# a connection that was given up may still have bytes on the way, and without its staging its receiver ends
+# Makes the staging, for what is put together there before it takes its place. Another session's goes: a
+# connection that was given up may still have bytes on the way, and without its staging its receiver ends
 # instead of writing them.
-do_stage() {
+make_stage() {
   [ -z "$staged" ] || return 0
   mkdir -m 700 "$stage" 2>/dev/null     # before others go: of two at once, one must notice
   [ ! -d "$stage" ] || staged=1         # that may have failed only at its mode
@@ -410,7 +401,7 @@ do_rest() { rm -rf "$stage" && staged=''; }
 
 # probe: makes the staging and says what this side can do, found out by use.
 do_probe() {
-  do_stage || return 1
+  make_stage || return 1
   many=x                                # 131072 of them, and a newline
   for _ in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17; do many=$many$many; done
   for way in 1 2 3 4 5; do
@@ -592,6 +583,7 @@ main() {
     read -r length || leave
     at_home || stop "the replica is gone"
     keep_stage
+    case $verb in part | base | bulk | hook) make_stage ;; esac         # where it cannot be, they fail
     checked='' temp=''
     "do_$verb" "$@"
     code=$?
@@ -2725,17 +2717,6 @@ class Replica:
         here, there = (os.path.realpath(path) + '/' for path in (self.source.root, self.options.destination))
         return here.startswith(there) or there.startswith(here)
 
-    def stage(self) -> None:
-        """Has the far side make its staging, which is there only while it is needed."""
-        if not self.is_staged:
-            self.is_staged = True
-            self.far.send('stage', done=self.staged)
-
-    def staged(self, code: int, said: str, _: List[str]) -> None:
-        if code:                        # what was to go there fails by itself, and is tried again
-            self.is_staged = False
-            self.report.warn('its staging cannot be made over there: %s' % said)
-
     def rest(self) -> None:
         """Has the far side remove its staging, and sets the root's time, which that changed."""
         self.is_staged = False
@@ -2947,7 +2928,7 @@ class Replica:
             for step, data in batch:
                 self.send_one(step, data)
             return
-        self.stage()
+        self.is_staged = True
         numbers: Dict[str, bytes] = {}          # directory that stands there: its name in the staging
         inside: Dict[str, bytes] = {}           # new directory: its name in the staging
         top = Entry('d', 0o700)
@@ -3037,7 +3018,7 @@ class Replica:
 
     def start_job(self, step: Step) -> None:
         self.cancel(step.path)
-        self.stage()
+        self.is_staged = True
         job = self.jobs[step.path] = Job('part%d' % next(self.job_numbers), step)
         job.parts = self.upload(job)
         take_back(self.remote, step)
@@ -3046,7 +3027,11 @@ class Replica:
         job = self.jobs.pop(path, None)
         if job:
             job.parts.close()
-            self.far.send('drop', (job.name,))
+            self.discard(job)
+
+    def discard(self, job: Job) -> None:
+        """Has the far side remove what it has of a large file."""
+        self.far.send('remove', (), [wire(self.far.staging + '/' + job.name)])
 
     def upload(self, job: Job) -> Iterator[bool]:
         """Sends a file into the staging. Once it is all there, and if it is still the same here, it takes its
@@ -3076,7 +3061,7 @@ class Replica:
             yield at > 0
         while at < entry.size and not job.failed:
             length = min(entry.size - at, self.far.record_bytes * 2)
-            part('-' if at else '+', at, length)
+            part('-', at, length)
             at += length
             self.report.moved(length)
             yield True
@@ -3103,7 +3088,7 @@ class Replica:
                 return
         elif not self.send_again(path):
             self.failed(path, 'cannot be read: it was shorter at the end each time')
-        self.far.send('drop', (job.name,))
+        self.discard(job)
 
     def patch(self, job: Job, fd: int, part: Callable[[str, int, int], None],
               faults: List[OSError]) -> Iterator[int]:
@@ -3116,13 +3101,16 @@ class Replica:
         block = BLOCK * -(-common // (BLOCK * 256))
         blocks = common // block
         answers: List[Tuple[int, str, List[str]]] = []
-        words = job.name, str(blocks), str(block), str(blocks * block)
-        self.far.send('base', words, [wire(job.step.path)], done=lambda *answer: answers.append(answer))
+        self.far.send('base', (job.name, str(blocks), str(block)), [wire(job.step.path)],
+                      done=lambda *answer: answers.append(answer))
         while not answers:
             yield 0
         code, _, values = answers[0]
         sums = [value.split()[0] for value in values if value.strip()]
-        for index, there in enumerate(sums if not code and len(sums) == blocks else ()):
+        if code or len(sums) != blocks:
+            self.discard(job)
+            return
+        for index, there in enumerate(sums):
             try:
                 data = os.pread(fd, block, index * block)
             except OSError as error:
@@ -3260,7 +3248,7 @@ class Replica:
             hooks.queue.put(self.confirmed.copy())
         self.confirmed.clear()
         if self.unhooked and self.options.remote_hook:
-            self.stage()
+            self.is_staged = True
             self.far.send('hook', (), (), [names_of(self.unhooked)], self.remote_hook_ended)
         else:
             self.unhooked.clear()

@@ -2895,7 +2895,7 @@ def test_what_is_half_way_there_is_nobody_elses_to_read(tmp_path, shell):
 
 
 @pytest.mark.parametrize('shell', ['bash', 'dash'])
-@pytest.mark.parametrize('staged', [b'part 2 0 + p\n6\nsecret0123456789ab.\n', b'base 2 1 p 1 6 6\n./plain\n0\n'],
+@pytest.mark.parametrize('staged', [b'part 2 0 - p\n6\nsecret0123456789ab.\n', b'base 2 1 p 1 6\n./plain\n0\n'],
                          ids=['part', 'base'])
 def test_what_was_staged_is_nobody_elses_to_read_even_if_its_mode_cannot_be_set(tmp_path, shell, staged):
     far = str(tmp_path / 'far')
@@ -3339,7 +3339,7 @@ def test_a_session_that_was_given_up_writes_nothing_more_once_another_began(tmp_
     connect = shell_command(tmp_path, shell)
     text = '%s\nmain - 0123456789ab %s - "" -' % (fr.RECEIVER, shlex.quote(far + '/src'))
     old = subprocess.Popen([*connect, '-c', text], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
-    old.stdin.write(b'stage 1 0 \n0\n')
+    old.stdin.write(b'part 1 0 - p\n0\n')
     while old.stdout.readline() not in (b'0123456789ab 1 0\n', b''):
         pass
     once('--no-replicate-on-change', source, far, *connect)
@@ -3364,8 +3364,8 @@ def test_the_shell_of_the_session_before_is_ended_even_if_it_has_nothing_staged(
 
 
 @fault_in_each_shell
-@pytest.mark.parametrize('records', [b'file 1 1 022 - 1 -\n./file\n9\nhalf', b'stage 1 0 \n0\npart 2 0 + p\n9\nhalf',
-                                     b'stage 1 0 \n0\nbulk 2 1 script\n.\n9\nhalf',
+@pytest.mark.parametrize('records', [b'file 1 1 022 - 1 -\n./file\n9\nhalf', b'part 1 0 - p\n9\nhalf',
+                                     b'bulk 1 1 script\n.\n9\nhalf',
                                      b'dir 1 1 022\n./d', b'dir 1 1 022\n./d\n'])
 def test_a_record_that_ends_in_its_midst_leaves_nothing(tmp_path, shell, records):
     text = '%s\nmain - 0123456789ab %s - "" -' % (fr.RECEIVER, shlex.quote(str(tmp_path / 'far')))
