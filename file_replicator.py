@@ -185,27 +185,23 @@ stands() { [ -e "$1" ] || [ -h "$1" ]; }
 # Makes way at $1 for what is no directory: mv and ln would go into a directory, or through a link to one.
 clear_way() { [ ! -d "$1" ] || if [ -h "$1" ]; then rm -f "$1"; else rmdir "$1"; fi; }
 
-# Makes way at $1 for what could not be put there: busybox's mv replaces no link that it cannot follow.
-clear_link() { [ ! -h "$1" ] || rm -f "$1"; }
-
-# Puts $temp at $1, in one rename. A file that is a mount point cannot be renamed over: it is written; a link
-# has no bytes, and cat would read what it leads to.
+# Puts $1 at $2, in one rename. busybox's mv replaces no link that it cannot follow. A file that is a mount
+# point cannot be renamed over: it is written with the bytes of one that we made; a link has no bytes, and cat
+# would read what it leads to.
 put() {
-  if clear_way "$1"; then
-    mv -f "$temp" "$1" 2>/dev/null && return
-    clear_link "$1"
-    said=$(mv -f "$temp" "$1" 2>&1) && return
-    case $said in
-      *[Bb]usy*)
-        if [ -f "$1" ] && [ ! -h "$1" ] && [ ! -h "$temp" ]; then
-          chmod "$(stat -c %a "$temp")" "$1" || refused=3
-          cat "$temp" >"$1" && scrap "$temp" && return
-        fi
-        ;;
-    esac
-    echo "$said"
-  fi
-  scrap "$temp"
+  clear_way "$2" || return
+  mv -f "$1" "$2" 2>/dev/null && return
+  [ ! -h "$2" ] || rm -f "$2"
+  said=$(mv -f "$1" "$2" 2>&1) && return
+  case $said in
+    *[Bb]usy*)
+      if [ "$1" = "$temp" ] && [ ! -h "$1" ] && [ -f "$2" ] && [ ! -h "$2" ]; then
+        chmod "$(stat -c %a "$1")" "$2" || refused=3
+        cat "$1" >"$2" && scrap "$1" && return
+      fi
+      ;;
+  esac
+  echo "$said"
   return 1
 }
 
@@ -236,7 +232,7 @@ do_file() {
     mv -f "$stage/$w4" "$temp"
   fi || { scrap "$temp"; return 1; }
   [ "$w2" = - ] || chmod "$w2" "$temp" || refused=3
-  put "$1" || return 1
+  put "$temp" "$1" || { scrap "$temp"; return 1; }
   stamp - "$w3" "$1" || refused=3
   return $refused
 }
@@ -278,7 +274,7 @@ do_dir() {
 do_link() {
   solid "$2" || return 2
   temp=${2%/*}/$mark
-  ln -s -- "${1%.}" "$temp" && put "$2" || return 1
+  { ln -s -- "${1%.}" "$temp" && put "$temp" "$2"; } || { scrap "$temp"; return 1; }
   stamp - "$w1" "$2" || return 3
 }
 
@@ -316,10 +312,7 @@ do_rmdir() {
 # move: the first path becomes the second, with all that is in it.
 do_move() {
   solid "$1" && solid "$2" && stands "$1" || return 2
-  clear_way "$2" || return
-  mv -f "$1" "$2" 2>/dev/null && return
-  clear_link "$2"
-  mv -f "$1" "$2"
+  put "$1" "$2"
 }
 
 # bulk KIND: an archive (tar), or lines that write the same files (script), of b/1/..., b/2/...: what is in
