@@ -1135,7 +1135,6 @@ class Source:
         self.gone = False                       # the root
         self.hints: Dict[str, int] = {}         # to be looked at now: META, LOOK or CONTENT
         self.later: Dict[str, Tuple[float, float, int]] = {}    # path: (when, since when, hint)
-        self.put_off: Set[str] = set()          # of these; their other names were hinted at already
         self.changed: Dict[str, int] = {}       # to be compared: what is other than before, or was hinted at
         self.now_ns = 0                         # just before what is being looked at
         self.fresh: Set[str] = set()    # looked at so soon after a change that the next may keep the time
@@ -1173,18 +1172,6 @@ class Source:
         self.hints[''] = CONTENT
         self.rules_changed = True
 
-    def hint_other_names(self, entry: Optional[Entry], why: int) -> None:
-        """Of a file with several names an event only tells one: the others are looked at with it."""
-        for path in self.twins.get(entry.inode, ()) if entry is not None else ():
-            if self.changed.get(path, 0) < why:
-                self.hint(path, why)
-
-    def put_off_hint(self, path: str, why: int, seconds: float) -> None:
-        """Has a path that was looked at looked at again, but not its other names: each would put off the
-        other for ever."""
-        self.hint(path, why, seconds)
-        self.put_off.add(path)
-
     def listen(self) -> None:
         """Turns what inotify says into hints."""
         if self.watch.fd is None:
@@ -1201,7 +1188,6 @@ class Source:
             if name in ('.gitignore', '.git') and self.left_out.ask_git:
                 self.rules_changed = True
             path = (directory + '/' + name if directory else name) if name else directory
-            self.put_off.discard(path)
             is_directory = bool(mask & flags.ISDIR)
             comes = mask & (flags.CREATE | flags.MOVED_TO)
             comes_or_goes = comes or mask & (flags.DELETE | flags.MOVED_FROM)
@@ -1219,16 +1205,19 @@ class Source:
                 continue
             if self.report.options.debugging:
                 self.report.debug('event', shown(path), str(flags.from_mask(mask)))
+            before = self.tree.get(path)
+            why, delay, most = META, 0.0, 0.0
             if (mask & flags.CLOSE_WRITE or comes and is_directory
                     or mask & flags.CREATE and self.complete_at_birth(path)):
-                self.hint(path, CONTENT)
+                why = CONTENT
             elif comes_or_goes and not mask & flags.CREATE:
-                self.hint(path, LOOK)
+                why = LOOK
             elif mask & (flags.MODIFY | flags.CREATE) or path in self.later and not is_directory:
-                self.hint(path, CONTENT if mask & (flags.MODIFY | flags.CREATE) else META, QUIET_SECONDS,
-                          OPEN_SECONDS if self.tree.get(path) else NEW_SECONDS)
-            else:
-                self.hint(path, META)
+                why = CONTENT if mask & (flags.MODIFY | flags.CREATE) else META
+                delay, most = QUIET_SECONDS, OPEN_SECONDS if before else NEW_SECONDS
+            # of a file with several names an event only tells one: the others are looked at with it
+            for each in {path, *self.twins.get(before and before.inode, ())}:
+                self.hint(each, why, delay, most)
 
     def holds_rules(self, path: str) -> bool:
         """Whether a .gitignore or a repository is in a directory."""
@@ -1314,9 +1303,6 @@ class Source:
         if self.hints.get('') == CONTENT:
             self.hints.update(dict.fromkeys(self.fresh, CONTENT))
             self.fresh.clear()
-        for path, why in list(self.hints.items()) if self.twins else ():
-            if path not in self.put_off:
-                self.hint_other_names(self.tree.get(path), why)
         hints, self.hints = self.hints, {}
         for path, why in hints.items():
             self.changed[path] = max(why, self.changed.get(path, 0))
@@ -1329,7 +1315,6 @@ class Source:
                 continue                # what is above it is left out or gone
             if self.see(path, functools.partial(os.stat, self.full(path)), hints[path]):
                 self.scan(path)
-        self.put_off -= hints.keys()
 
     def see(self, path: str, status_of: Callable[..., os.stat_result], why: int = 0) -> bool:
         """Takes note of what stands at a path, as `status_of` says (os.stat of it); with `why` because of a
@@ -1382,8 +1367,9 @@ class Source:
             if status.st_nlink > 1:
                 paths = self.twins.setdefault(entry.inode, set())
                 paths.update((path, self.names.get(entry.inode, path)))
-                if path not in self.put_off:
-                    self.hint_other_names(entry, self.changed.get(path, 0))
+                for other in paths if before != entry else ():      # also where no event told of it
+                    if self.changed.get(other, 0) < self.changed[path]:
+                        self.hint(other, self.changed[path])
             self.names[entry.inode] = path
         # What could not be listed may be by now, and the other way round.
         return kind == 'd' and (why in (0, CONTENT) or before is None or before.kind != 'd'
@@ -2733,7 +2719,7 @@ class Replica:
         for path in list(changed) if self.options.update_interval else ():
             wait = self.last_sent.get(path, -1e9) + self.options.update_interval - now
             if wait > 0 and local.get(path) is not None and remote.get(path) is not None:
-                self.source.put_off_hint(path, changed.pop(path), wait)
+                self.source.hint(path, changed.pop(path), wait)
         for path in self.source.forgotten:
             self.cancel(path)
             remote.put(path, None)
