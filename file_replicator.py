@@ -1144,7 +1144,6 @@ class Source:
         self.own_staging = ''           # the name of this session's staging, which must not turn up here
         self.rules_changed = True       # git is to be asked again
         self.git_asked_ns = 0
-        self.forgotten: List[str] = []  # what became left out, for the replica to forget too
         self.meanwhile: Callable[[], Any] = self.listen     # called now and then by a long scan
 
     def full(self, path: str) -> str:
@@ -1243,9 +1242,9 @@ class Source:
         return min((when - now for when, _, _ in self.later.values()), default=None)
 
     def ask_git(self) -> None:
-        """Has git say anew what is left out. What became so goes from the tree, but stays at the replica,
-        untouched: see `forgotten`. RACE: a rule that changes between that and the watch on where it stands
-        is noticed by its time, here and in `see`."""
+        """Has git say anew what is left out. What became so goes from the tree; the replica forgets it too,
+        see `take_in`. RACE: a rule that changes between that and the watch on where it stands is noticed by
+        its time, here and in `see`."""
         if not os.path.isdir(self.root):
             return
         self.rules_changed = False
@@ -1253,14 +1252,9 @@ class Source:
         if self.left_out.refresh():
             below = list(self.tree.below(''))
             for path in [path for path in below if self.left_out(path, self.tree.is_directory(path))]:
-                self.forget(path)
+                self.lose(path)
             self.hints[''] = CONTENT
         self.follow_rules(self.git_asked_ns, self.left_out.git)
-
-    def forget(self, path: str) -> None:
-        """Takes note that a path became left out."""
-        self.forgotten += [path, *self.tree.below(path)]
-        self.lose(path)
 
     def follow_rules(self, asked_ns: int, tops: Iterable[str]) -> None:
         """Watches where the rules of these work trees stand. Those that changed since git was asked have it
@@ -1454,8 +1448,7 @@ class Source:
                 found = {path: item for path, item in found.items()
                          if not self.left_out(path, is_directory(item))}
             for path in [path for path in before if path not in found]:
-                # left out: by rules that came with a repository
-                (self.forget if path in self.left_out.ignored else self.lose)(path)
+                self.lose(path)
             for path, item in found.items():
                 if self.see(path, item.stat):
                     stack.append(path)
@@ -2720,10 +2713,9 @@ class Replica:
             wait = self.last_sent.get(path, -1e9) + self.options.update_interval - now
             if wait > 0 and local.get(path) is not None and remote.get(path) is not None:
                 self.source.hint(path, changed.pop(path), wait)
-        for path in self.source.forgotten:
-            self.cancel(path)
-            remote.put(path, None)
-        del self.source.forgotten[:]
+        for path in changed:            # what became left out stays over there, untouched
+            if local.get(path) is None and self.source.left_out.within(path):
+                remote.put(path, None)
         for path in changed if self.waiting else ():
             changed[path] = max(changed[path], self.waiting.pop(path, 0))
         entries = {path: local.get(path) for path in changed}
@@ -3157,9 +3149,6 @@ class Replica:
         and what differs sent."""
         answers, self.answers = self.answers, []
         recover(self.remote, answers)
-        for path in list(self.differing()):
-            if self.source.tree.get(path) is None and self.source.left_out.within(path):
-                self.remote.put(path, None)     # it became left out meanwhile
         self.look_again(self.differing())
 
     def look_again(self, paths: Iterable[str]) -> None:
