@@ -2495,8 +2495,7 @@ class Replica:
         self.remote = Tree()
         self.known: Optional[Tree] = None           # what was believed when the last connection was lost
         self.mounts: Set[str] = set()               # directories over there on another file system
-        self.taking: Dict[str, int] = {}            # what changed here and is being compared: path: why
-        # the backlog: paths still to be sent, and why
+        # the backlog: paths still to be compared and sent, and why
         self.waiting: 'collections.OrderedDict[str, int]' = collections.OrderedDict()
         self.jobs: Dict[str, Job] = {}
         self.job_numbers = itertools.count(1)
@@ -2523,8 +2522,7 @@ class Replica:
         source.own_staging = far.staging
         if self.begun and source.watch.fd is None:
             source.hint_everything()    # nothing else tells what changed meanwhile
-        if source.hints.get('') == CONTENT or source.watch.fd is None:
-            self.taking = source.look()
+        self.waiting.update(source.look())
         while far.phase != 'live':
             far.turn(None, source.watch.fd)
             source.listen()
@@ -2533,7 +2531,7 @@ class Replica:
         since: Dict[str, int] = {}      # what changed since we began
         while True:
             for path, why in source.look().items():
-                self.taking[path] = since[path] = max(why, self.taking.get(path, 0))
+                self.waiting[path] = since[path] = max(why, self.waiting.get(path, 0))
             if not source.gone:         # else what was seen of it may have been half of it
                 break
             if not options.watch:
@@ -2545,8 +2543,8 @@ class Replica:
             self.probed(far.can)
         elif self.overlaps() and not options.dry_run:
             self.probe()                # before anything is touched
-        hints = {path: why for path, why in self.taking.items() if why == CONTENT}
-        self.excused.difference_update(self.taking)
+        hints = {path: why for path, why in self.waiting.items() if why == CONTENT}
+        self.excused.difference_update(self.waiting)
         if self.begun or options.initial:
             if options.clean_out and not self.begun:
                 self.carry_out(plan(self.remote, Tree(), dict.fromkeys(self.remote.below(''), LOOK)))
@@ -2562,6 +2560,7 @@ class Replica:
         del far.listing[:]
         if options.watch:
             self.probe()                # now, rather than before the first edit
+        self.waiting.clear()
         self.take_in(hints)
 
     def listed(self) -> Iterator[Tuple[str, Entry]]:
@@ -2645,15 +2644,15 @@ class Replica:
             if step.verb == 'file' or step.verb == 'move' and step.before is not None:
                 self.source.hint(step.path, CONTENT)        # what stood there may look the same
         self.known = self.known or self.remote
-        for path, why in itertools.chain(self.taking.items(), self.waiting.items()):
+        for path, why in self.waiting.items():
             if why == CONTENT:
                 self.source.hint(path, CONTENT)
         for path in self.jobs:
             self.source.hint(path, CONTENT)
         if self.far and 'begun' in self.far.values:     # a hook, which may have ended the connection itself
             self.unhooked.clear()
-        self.excused.difference_update(self.taking)
-        for state in (self.taking, self.waiting, self.jobs, self.flying, self.answers, self.can):
+        self.excused.difference_update(self.waiting)
+        for state in (self.waiting, self.jobs, self.flying, self.answers, self.can):
             state.clear()
         self.announced = self.is_staged = False
 
@@ -2703,7 +2702,6 @@ class Replica:
     def take_in(self, changed: Dict[str, int]) -> None:
         """Sends what is to be sent at these paths at once, if it is little; else what goes, moves, and makes
         directories of what moved; the rest becomes the backlog, which later edits overtake."""
-        self.taking = changed
         for path in self.excused & changed.keys():      # it was never known to be the same
             changed[path] = max(LOOK, changed[path])
         self.excused.difference_update(changed)
@@ -2739,7 +2737,6 @@ class Replica:
             self.waiting.update((path, changed[path]) for path in sorted(changed) if path not in first)
             changed = first
         self.send(changed)
-        self.taking = {}
 
     def fill(self) -> bool:
         """Sends of what can wait as much as there is room for: a part of each large file, and a slice of the
