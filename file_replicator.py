@@ -59,26 +59,11 @@ __version__ = '1.0'
 #     LENGTH
 #     bytes, then NONCE. and a newline
 #
-#     verb    words                    paths, bytes                   what it does
-#     probe                            0                              makes the staging, says what it can do
-#     rest                             0                              removes it
-#     file    umask mode time name     1, the file's or none          replaces a file, in one rename
-#     part    where name               0, a part of a large file      goes to a staged file
-#     base    name blocks size         1                              stages what stands there, says its sums
-#     dir     mode                     1                              makes a directory
-#     link    time                     2: its target and a dot, path  replaces a symbolic link
-#     meta    mode time                1 or more                      sets them; - is neither
-#     remove                           1 or more                      removes files and links
-#     rmdir                            1 or more                      removes empty directories
-#     move                             2: from, to                    renames
-#     bulk    tar or script            directories, an archive        many small files, directories and links
-#     hook                             0, names                       runs --remote-hook
-#     beat                             0                              nothing: is anybody there?
-#
-# The answer is a line `NONCE NUMBER CODE`: 0 done, 1 failed, 2 not as it was listed, 3 done but for mode or
-# time. Lines before it that do not begin with the nonce say why; `NONCE + ...` are values. The nonce is new
-# each time, so no name and no file's bytes can be taken for an answer or a marker. First come `NONCE ready`,
-# a listing (see list), and `NONCE listed`.
+# What each verb does, and with which words, stands above its function, do_VERB. The answer is a line
+# `NONCE NUMBER CODE`: 0 done, 1 failed, 2 not as it was listed, 3 done but for mode or time. Lines before it
+# that do not begin with the nonce say why; `NONCE + ...` are values. The nonce is new each time, so no name
+# and no file's bytes can be taken for an answer or a marker. First come `NONCE ready`, a listing (see list),
+# and `NONCE listed`.
 
 RECEIVER = r'''# What file_replicator.py runs on the far side: functions only; one call of main is appended.
 # The rules it keeps: no byte of the stream is left over or taken too much, whatever fails; nothing outside
@@ -261,7 +246,7 @@ do_base() {
   [ "$(stat -c %s "$stage/$w1")" = $((w2 * w3)) ]
 }
 
-# dir MODE: makes a directory. What is in the way and is none goes.
+# dir MODE: makes the path a directory. What is in the way and is none goes.
 do_dir() {
   solid "$1" || return 2
   if [ ! -h "$1" ] && [ -d "$1" ]; then chmod "$w1" "$1" || return 3; return 0; fi
@@ -278,7 +263,7 @@ do_link() {
   stamp - "$w1" "$2" || return 3
 }
 
-# meta MODE TIME: sets them, for paths that are there.
+# meta MODE TIME: sets them (- is neither), for paths that are there.
 do_meta() {
   for p; do
     solid "$p" && stands "$p" || return 2
@@ -471,23 +456,12 @@ list() {
 # would be taken not to be there. What it cannot enter is no reason.
 was_killed() { [ "$1" -lt 126 ] || stop "find, which lists the replica, ended with status $1"; }
 
-# Lists what is mounted in the replica: nothing there is removed. A bind mount shows in no other way. In
-# /proc blanks and the like are written in octal.
+# Says where the replica is, and what is mounted anywhere: nothing of that is removed. A bind mount shows in
+# no other way.
 list_mounts() {
-  left=$root here=''
-  while [ -n "$left" ]; do
-    case $left in
-      ' '*) here=$here'\040' ;;
-      '	'*) here=$here'\011' ;;
-      "$newline"*) here=$here'\012' ;;
-      \\*) here=$here'\134' ;;
-      *) here=$here${left%"${left#?}"} ;;
-    esac
-    left=${left#?}
-  done
-  while read -r _ at _; do
-    case $at in "$here"/*) printf '%s m 0 0 0 0 .%s//.\n' "$nonce" "${at#"$here"}" ;; esac
-  done 2>/dev/null </proc/self/mounts
+  printf '%s at %s\n' "$nonce" "$root"
+  echo "$nonce mounts"
+  cat /proc/self/mounts 2>/dev/null
 }
 
 # Lists the sums of all files.
@@ -2174,9 +2148,20 @@ class Connection:
             except ValueError:
                 continue
 
+    def listed_as(self, name: str) -> str:
+        """What the far side listed under a name; '' for nothing."""
+        return next((line[len(name) + 1:] for line in self.listing if re.match(name + r'\s', line)), '')
+
+    def mounts(self) -> Set[str]:
+        """What is mounted in the replica. In /proc blanks and the like are written in octal."""
+        found = re.findall(r'^\S+ (\S+)', self.listed_as('mounts'), re.M)
+        here = self.listed_as('at')[:-1] + '/'
+        paths = (re.sub(r'\\([0-7]{3})', lambda m: chr(int(m[1], 8)), path) for path in found)
+        return {path[len(here):] for path in paths if path.startswith(here)}
+
     def sums(self) -> Tuple[str, Dict[str, str]]:
         """The tool the far side's sums are made with ('-' for none), and path: sum."""
-        text = next((line[5:] for line in self.listing if line.startswith('sums ')), '-')
+        text = self.listed_as('sums') or '-'
         tool, *lines = re.split(r'\n(?=\\?[0-9a-f]{32,}  \./|$)', text)     # a name may hold a newline
         found = {}
         for line in lines:
@@ -2537,7 +2522,7 @@ class Replica:
             if not options.watch:
                 raise Stop('%s went while it was looked at' % shown(source.root))
             far.turn(1)
-        self.mounts.clear()
+        self.mounts = far.mounts()
         self.remote = believe(self.listed(), source.tree, self.known, self.is_ours, source.made_ns)
         if far.can:
             self.probed(far.can)
@@ -2568,9 +2553,6 @@ class Replica:
         staging, unlisted, mounts = self.far.staging, self.source.unlisted, self.mounts
         root_device = None
         for path, entry, device in self.far.entries():
-            if entry.kind == 'm':       # as /proc/mounts shows it, with blanks and the like in octal
-                mounts.add(re.sub(r'\\([0-7]{3})', lambda m: chr(int(m[1], 8)), path))
-                continue
             if path.startswith(staging):
                 continue
             if unlisted and self.source.tree.get(path) is None and is_below(path, unlisted):

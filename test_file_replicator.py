@@ -265,11 +265,10 @@ def test_every_test_the_readme_names_is_here():
     assert len(promised) > 10 and promised <= here
 
 
-def test_every_verb_of_the_receiver_is_in_the_readme_and_in_the_table_above_it():
+def test_every_verb_of_the_receiver_is_in_the_readme_and_described_above_its_function():
     verbs = re.findall(r'^do_(\w+)\(\)', fr.RECEIVER, re.M)
-    with open(SCRIPT, encoding='utf-8') as file:
-        table = file.read().partition('RECEIVER = ')[0]
-    assert verbs and all('`%s`' % verb in readme() and re.search('^#     %s ' % verb, table, re.M) for verb in verbs)
+    described = dict(re.findall(r'^# ([a-z]+)[A-Z ]*: (?:.*\n#)*.*\ndo_(\w+)\(\)', fr.RECEIVER, re.M))
+    assert verbs and all('`%s`' % verb in readme() and described.get(verb) == verb for verb in verbs)
 
 
 def test_the_messages_the_readme_explains_are_those_of_the_program():
