@@ -273,23 +273,22 @@ do_meta() {
   stamp "$w1" "$w2" "$@"
 }
 
-# remove: what is no directory. Gone already is as good.
+# remove: whatever stands at the paths, what is in a directory before it. A directory that holds what is not
+# ours stays; gone already is as good.
 do_remove() {
+  directories=''
   for p; do
     shift
     solid "$p" >/dev/null || continue
-    [ -h "$p" ] || [ ! -d "$p" ] || return 2
     set -- "$@" "$p"
+    [ -h "$p" ] || [ ! -d "$p" ] || directories=1
   done
-  [ $# = 0 ] || rm -f "$@"
-}
-
-# rmdir: directories, the deepest first, or what else may stand there. One that holds what is not ours stays.
-do_rmdir() {
+  [ $# != 0 ] || return 0
+  if [ -z "$directories" ]; then rm -f "$@"; return; fi
+  rm -f "$@" 2>/dev/null                # it takes all but those
   for p; do
     shift
-    solid "$p" >/dev/null || continue
-    if [ -h "$p" ] || [ ! -d "$p" ]; then rm -f "$p" || return 1; else set -- "$@" "$p"; fi
+    if [ ! -h "$p" ] && [ -d "$p" ]; then set -- "$@" "$p"; else ! stands "$p" || rm -f "$p" || return; fi
   done
   [ $# = 0 ] || rmdir "$@"
 }
@@ -571,7 +570,7 @@ main() {
 BULK_BYTES = 1 << 20            # the largest file that travels whole
 BULK_PATHS = 1000               # in one record, at most
 RECORD_BYTES = 4 << 20          # of the backlog in one record, at most: large ones save processes over there
-LIST_PATHS = 128                # paths in one remove, rmdir or meta record
+LIST_PATHS = 128                # paths in one remove or meta record
 BLOCK = 1 << 16                 # parts of a large file begin at multiples of this
 JOBS = 8                        # large files on their way at once
 PIPE_BYTES = 1 << 20            # asked of the kernel for the pipes to the connection command
@@ -629,7 +628,7 @@ def bulk_size(entry: Optional[Entry]) -> int:
 
 class Step(NamedTuple):
     """One change to the replica."""
-    verb: str                   # dir, file, link, meta, remove, rmdir, move
+    verb: str                   # dir, file, link, meta, remove, move
     path: str
     entry: Optional[Entry]      # what stands there afterwards; None for nothing
     detail: str = ''            # move: from where; meta: 'm' the mode, 't' the time, 'mt' both
@@ -1532,7 +1531,7 @@ def recover(tree: Tree, answers: List[Tuple[List[Step], int]]) -> None:
             if step.verb == 'meta' and there.kind != step.entry.kind:
                 tree.put(path, UNKNOWN)         # it was done to something else
             elif code == 1 and step.verb != 'meta':
-                if step.verb not in ('remove', 'rmdir'):
+                if step.verb != 'remove':
                     tree.put(path, UNKNOWN)
                 elif there is not None:         # or not: of several, some may have gone
                     tree.put(path, there._replace(mtime_ns=None, inode=None))
@@ -1675,13 +1674,13 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
     for path in sorted(gone, reverse=True):
         there = remote.get(path)
         if there is not None and (delete or is_staging(path)):
-            take('remove' if there.kind in 'fl' else 'rmdir', path, None)
+            take('remove', path, None)
     for path in files:
         there, here = remote.get(path), local.get(path)
         if here is None:
             continue
         if there is not None and there.kind == 'd':
-            take('rmdir', path, None)
+            take('remove', path, None)
             there = None
         if (there is None or there.kind != here.kind or there.target != here.target or there.size != here.size
                 or here.kind == 'f' and (paths[path] == CONTENT
@@ -2457,8 +2456,7 @@ class Job:
 
 NEW = 'dir', 'file', 'link'
 VERBS = {'dir': ('make', 'made'), 'file': ('send', 'sent'), 'link': ('link', 'linked'),
-         'meta': ('update', 'updated'), 'remove': ('remove', 'removed'), 'rmdir': ('remove', 'removed'),
-         'move': ('rename', 'renamed')}
+         'meta': ('update', 'updated'), 'remove': ('remove', 'removed'), 'move': ('rename', 'renamed')}
 # nothing but a file is read, and a FIFO is not waited for
 OPEN_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -2618,7 +2616,7 @@ class Replica:
         again."""
         unsure = [steps for steps, _ in self.answers] + list(self.flying.values())
         for step in reversed(list(itertools.chain.from_iterable(unsure))):
-            if step.verb in ('remove', 'rmdir'):        # what was about to go may still be there
+            if step.verb == 'remove':   # what was about to go may still be there
                 self.still_there(step.path)
             elif step.verb == 'move':
                 for path in [step.path, *self.remote.below(step.path)]:
@@ -3094,7 +3092,10 @@ class Replica:
         """Says why steps failed, and when they are to be tried again. Returns the code, or 0 for what is as
         good as done."""
         only, follows = steps[0], bool(self.answers)
-        in_the_way = only.verb == 'rmdir' and len(steps) == 1 and re.search('not empty|busy', said, re.I)
+        in_the_way = (only.verb == 'remove' and len(steps) == 1
+                      and re.search('not empty|rmdir.*busy', said, re.I))
+        if in_the_way and only.before.kind in 'fl':
+            code = 2                    # of a directory that stands where none did
         if code == 2 and not follows and self.drifts < DRIFTS_MOST:
             self.drifts += 1
             self.answers.append((steps, code))
@@ -3187,7 +3188,8 @@ class Replica:
         verb = VERBS[step.verb][past]
         if step.verb == 'move':
             return '%s %s -> %s' % (verb, shown(step.detail), shown(step.path))
-        return '%s %s%s' % (verb, shown(step.path), '/' if step.verb in ('dir', 'rmdir') else '')
+        is_directory = step.verb != 'meta' and (step.entry or step.before).kind in 'd?'
+        return '%s %s%s' % (verb, shown(step.path), '/' * is_directory)
 
     def run_hooks(self, hooks: Hooks) -> None:
         """Runs the hooks if something was confirmed since they last ran, with the paths that were."""

@@ -456,7 +456,7 @@ def assert_can_be_taken(tree, step):
     there, above = tree.get(step.path), tree.get(fr.parent(step.path))
     changes = {} if step.verb == 'meta' else {step.path, step.detail} if step.verb == 'move' else {step.path}
     for directory in map(fr.parent, changes):
-        if step.verb in ('remove', 'rmdir') and tree.get(directory).kind == '?':
+        if step.verb == 'remove' and tree.get(directory).kind == '?':
             continue                    # gone already is as good
         assert tree.is_directory(directory) and tree.get(directory).mode & 0o700 == 0o700, (
             step, tree.get(directory))
@@ -465,10 +465,8 @@ def assert_can_be_taken(tree, step):
         assert not (step.path + '/').startswith(step.detail + '/'), step
     elif step.verb == 'meta':
         assert there is not None, step
-    elif step.verb == 'rmdir':
-        assert there is not None and not tree.inside.get(step.path), step
     elif step.verb == 'remove':
-        assert there is not None and there.kind in 'fls', step
+        assert there is not None and not tree.inside.get(step.path), step
     elif step.verb == 'dir':
         assert there is None or there.kind == '?', step
     else:
@@ -511,14 +509,14 @@ def take_there(truth, step):
     """Takes a step as the receiver would, whatever stands there; the code it answers."""
     there = truth.get(step.path)
     empty = there is None or there.kind != 'd' or not truth.inside[step.path]
-    if not truth.is_directory(fr.parent(step.path)) and step.verb not in ('remove', 'rmdir'):
+    if not truth.is_directory(fr.parent(step.path)) and step.verb != 'remove':
         return 2
     if step.verb == 'meta':
         if there is None:
             return 2
         truth.put(step.path, there._replace(mode=step.entry.mode))
-    elif step.verb in ('remove', 'rmdir'):
-        if not empty or step.verb == 'remove' and there is not None and there.kind == 'd':
+    elif step.verb == 'remove':
+        if not empty:
             return 1
         truth.put(step.path, None)
     elif step.verb == 'dir':
@@ -566,9 +564,7 @@ def test_without_delete_nothing_is_removed_or_moved_away():
                       and local.get(path.split('/')[0]) is None]
         steps = fr.plan(remote, local, all_paths(remote, local), delete=False)
         assert not [step for step in steps if step.verb == 'move'], seed
-        assert not [
-            step for step in steps if step.verb in ('remove', 'rmdir') and local.get(step.path) is None
-        ], seed
+        assert not [step for step in steps if step.verb == 'remove' and local.get(step.path) is None], seed
         assert all(remote.get(path) is not None for path in only_there), seed
 
 
@@ -665,8 +661,8 @@ def test_removals_go_from_the_deepest_up():
     local, remote = small_tree(), small_tree()
     local.put('d', None)
     steps = [s for s in fr.plan(remote, local, all_paths(small_tree())) if s.verb != 'meta']
-    assert [(s.verb, s.path) for s in steps] == [('remove', 'd/s/g'), ('rmdir', 'd/s'), ('remove', 'd/f'),
-                                                 ('rmdir', 'd')]
+    assert [(s.verb, s.path) for s in steps] == [('remove', 'd/s/g'), ('remove', 'd/s'), ('remove', 'd/f'),
+                                                 ('remove', 'd')]
 
 
 def test_what_is_listed_is_believed_where_it_is_ours():
