@@ -1111,8 +1111,7 @@ class Source:
         self.changed: Dict[str, int] = {}       # to be compared: what is other than before, or was hinted at
         self.now_ns = 0                         # just before what is being looked at
         self.fresh: Set[str] = set()    # looked at so soon after a change that the next may keep the time
-        self.names: Dict[Any, str] = {}         # inode: the path it was last seen at
-        self.twins: Dict[Any, Set[str]] = {}    # inode: the paths of a file that has several
+        self.names: Dict[Any, Tuple[str, ...]] = {}     # inode: the paths a file was last seen at
         self.unlisted: Set[str] = set() # directories that could not be listed: what is in them is not known
         self.own_staging = ''           # the name of this session's staging, which must not turn up here
         self.rules_changed = True       # git is to be asked again
@@ -1188,7 +1187,7 @@ class Source:
                 why = CONTENT if mask & (flags.MODIFY | flags.CREATE) else META
                 delay, most = QUIET_SECONDS, OPEN_SECONDS if before else NEW_SECONDS
             # of a file with several names an event only tells one: the others are looked at with it
-            for each in {path, *self.twins.get(before and before.inode, ())}:
+            for each in {path, *self.names.get(before and before.inode, ())}:
                 self.hint(each, why, delay, most)
 
     def holds_rules(self, path: str) -> bool:
@@ -1203,8 +1202,7 @@ class Source:
             status = os.lstat(self.full(path))
         except OSError:
             return True
-        first = self.names.get((status.st_dev, status.st_ino))
-        if status.st_nlink > 1 and first is not None:
+        for first in self.names.get((status.st_dev, status.st_ino), ()) if status.st_nlink > 1 else ():
             self.hint(first, LOOK)
         return not stat.S_ISREG(status.st_mode) or status.st_nlink > 1
 
@@ -1331,13 +1329,12 @@ class Source:
                 self.forget_name(path)
             self.tree.put(path, entry)
         if kind != 'd':
-            if status.st_nlink > 1:
-                paths = self.twins.setdefault(entry.inode, set())
-                paths.update((path, self.names.get(entry.inode, path)))
-                for other in paths if before != entry else ():      # also where no event told of it
-                    if self.changed.get(other, 0) < self.changed[path]:
-                        self.hint(other, self.changed[path])
-            self.names[entry.inode] = path
+            names = self.names.get(entry.inode, ())
+            if path not in names:
+                names = self.names[entry.inode] = (*(names if status.st_nlink > 1 else ()), path)
+            for other in names if before != entry else ():      # also where no event told of it
+                if self.changed.get(other, 0) < self.changed[path]:
+                    self.hint(other, self.changed[path])
         # What could not be listed may be by now, and the other way round.
         return kind == 'd' and (why in (0, CONTENT) or before is None or before.kind != 'd'
                                 or before.inode != entry.inode or path in self.unlisted
@@ -1371,12 +1368,9 @@ class Source:
     def forget_name(self, path: str) -> None:
         """Takes note that what was last seen at a path does not stand there any more."""
         inode = (self.tree.get(path) or UNKNOWN).inode
-        if self.names.get(inode) == path:
-            del self.names[inode]
-        if inode in self.twins:
-            self.twins[inode].discard(path)
-            if not self.twins[inode]:
-                del self.twins[inode]
+        others = tuple(name for name in self.names.pop(inode, ()) if name != path)
+        if others:
+            self.names[inode] = others
 
     def scan(self, top: str) -> None:
         """Lists a directory and all below it, watching each before it is listed, and takes note of what is
