@@ -908,12 +908,6 @@ class LeftOut:
         git = self.git[top] = Git(os.path.join(self.root, top))
         self.ignored.update((top + '/' + path if top else path) for path in git.ignored())
 
-    def check_git(self, path: str) -> None:
-        """Raises Stop if there are rules at a path, and nothing here that could read them."""
-        if not self.has_git:
-            raise Stop('%s is there, but git, which would read it, is not; install git, or use --no-gitignore'
-                       % shown(path))
-
     def enter(self, directory: str, paths: Collection[str]) -> bool:
         """Takes note of a directory's own repository, which is among the paths in it. True if that is new.
         Raises Stop."""
@@ -1314,7 +1308,9 @@ class Source:
             if abs(self.now_ns - entry.mtime_ns) < tick_ns:
                 self.fresh.add(path)
             if path.endswith('.gitignore') and self.left_out.ask_git:
-                self.left_out.check_git(path)
+                if not self.left_out.has_git:
+                    raise Stop('%s is there, but git, which would read it, is not; install git, or use '
+                               '--no-gitignore' % shown(path))
                 self.rules_changed = self.rules_changed or entry.ctime_ns > self.git_asked_ns - TICK_NS
         before = self.tree.get(path)
         if before != entry:
@@ -1849,18 +1845,18 @@ class Sent(NamedTuple):
 class FileSlice:
     """Bytes of a file on their way into a pipe, by sendfile: nothing is copied here. What changes in the file
     before they are over there changes in them too, so the file is to be looked at again once they are
-    answered. Of a file that shrank, or cannot be read any more (`faults` says so), zeros are sent for the
+    answered. Of a file that shrank, or cannot be read any more (`job.fault` says so), zeros are sent for the
     rest."""
 
-    def __init__(self, file: Any, start: int, length: int, faults: List[OSError]):
+    def __init__(self, file: Any, start: int, length: int, job: 'Job'):
         # the file is closed with its last slice
-        self.file, self.start, self.length, self.faults = file, start, length, faults
+        self.file, self.start, self.length, self.job = file, start, length, job
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, rest: slice) -> 'FileSlice':
-        return FileSlice(self.file, self.start + rest.start, self.length - rest.start, self.faults)
+        return FileSlice(self.file, self.start + rest.start, self.length - rest.start, self.job)
 
     def write_to(self, pipe: int) -> int:
         """Writes some. Returns how many bytes; raises as os.write does."""
@@ -1875,7 +1871,7 @@ class FileSlice:
             try:
                 data = os.pread(self.file.fileno(), min(self.length, BLOCK), self.start)
             except OSError as error:
-                self.faults.append(error)
+                self.job.fault = error
         return os.write(pipe, data or bytes(min(self.length, BLOCK)))
 
 
@@ -2071,17 +2067,14 @@ class Connection:
             if found[1]:
                 self.phase = 'listing'
             else:
-                self.take_listing(os.fsdecode(bytes(before)).split(self.nonce + ' '))
+                self.listing = os.fsdecode(bytes(before)).split(self.nonce + ' ')
+                # what the far side says of itself comes first, see main in the receiver
+                self.can = next((line[2:].strip() for line in self.listing[:2] if line.startswith('+ ')), '')
+                self.phase = 'live'
         lines, _, rest = self.heard.rpartition(b'\n')
         self.heard = rest
         for line in lines.decode(errors='surrogateescape').split('\n') if lines else ():
             self.hear_line(line)
-
-    def take_listing(self, listing: List[str]) -> None:
-        """What the far side says of itself comes first, see main in the receiver."""
-        self.can = next((line[2:].strip() for line in listing[:2] if line.startswith('+ ')), '')
-        self.listing = listing
-        self.phase = 'live'
 
     def hear_line(self, line: str) -> None:
         found = self.answer.search(line)
@@ -2442,7 +2435,8 @@ class Job:
 
     def __init__(self, name: str, step: Step):
         self.name, self.step = name, step
-        self.failed = ''                # why
+        self.failed = ''                # why, over there
+        self.fault: Optional[OSError] = None    # why, here
         self.unanswered = 0             # parts
         self.is_staged = False          # all of it
         self.parts: Iterator[bool] = iter(())       # each sends a part (True), or waits for an answer (False)
@@ -2610,11 +2604,9 @@ class Replica:
         again."""
         unsure = [steps for steps, _ in self.answers] + list(self.flying.values())
         for step in reversed(list(itertools.chain.from_iterable(unsure))):
-            if step.verb == 'remove':   # what was about to go may still be there
-                self.still_there(step.path)
-            elif step.verb == 'move':
+            if step.verb in ('remove', 'move'):         # what was about to go may still be there
                 for path in [step.path, *self.remote.below(step.path)]:
-                    self.still_there(step.detail + path[len(step.path):])
+                    self.still_there((step.detail or step.path) + path[len(step.path):])
             if step.verb == 'file' or step.verb == 'move' and step.before is not None:
                 self.source.hint(step.path, CONTENT)        # what stood there may look the same
         self.known = self.known or self.remote
@@ -2904,13 +2896,9 @@ class Replica:
     def read(self, step: Step) -> Optional[Tuple[Step, bytes]]:
         """The bytes of a small file, as they were at one moment, and the step with the size and time of that
         moment. None if there is nothing to send now; then it was said or hinted."""
-        path, entry = step.path, step.entry
+        path, entry, fd = step.path, step.entry, -1
         try:
             fd = os.open(self.source.full(path), OPEN_FLAGS)
-        except OSError as error:
-            self.unreadable(path, error)
-            return None
-        try:
             size, mtime_ns = entry.size, entry.mtime_ns
             for attempt in range(4):
                 data = os.pread(fd, size + 1, 0)
@@ -2937,7 +2925,8 @@ class Replica:
             self.unreadable(path, error)
             return None
         finally:
-            os.close(fd)
+            if fd >= 0:
+                os.close(fd)
 
     def send_again(self, path: str) -> bool:
         """Has a file that changed while it was read sent again; where nobody watches, not for ever. Whether
@@ -2983,8 +2972,7 @@ class Replica:
 
         def part(where: str, start: int, length: int) -> None:
             job.unanswered += 1
-            piece = FileSlice(file, start, length, faults)
-            self.far.send('part', (where, job.name), (), [piece], answered)
+            self.far.send('part', (where, job.name), (), [FileSlice(file, start, length, job)], answered)
 
         def answered(code: int, said: str, _: List[str]) -> None:
             job.unanswered -= 1
@@ -2997,9 +2985,8 @@ class Replica:
             self.unreadable(path, error)
             return
         fd = file.fileno()
-        faults: List[OSError] = []
         at = 0
-        for at in self.patch(job, fd, part, faults):
+        for at in self.patch(job, fd, part):
             yield at > 0
         while at < entry.size and not job.failed:
             length = min(entry.size - at, self.far.record_bytes * 2)
@@ -3013,8 +3000,8 @@ class Replica:
         still = (after.st_size, after.st_mtime_ns) == (entry.size, entry.mtime_ns)
         if still:
             self.unstable.pop(path, None)
-        if faults:
-            self.unreadable(path, faults[0])
+        if job.fault:
+            self.unreadable(path, job.fault)
         elif job.failed:
             self.failed(path, job.failed)
         elif still or self.unstable.get(path, 0) > 1 and after.st_size >= entry.size:
@@ -3032,8 +3019,7 @@ class Replica:
             self.failed(path, 'cannot be read: it was shorter at the end each time')
         self.discard(job)
 
-    def patch(self, job: Job, fd: int, part: Callable[[str, int, int], None],
-              faults: List[OSError]) -> Iterator[int]:
+    def patch(self, job: Job, fd: int, part: Callable[[str, int, int], None]) -> Iterator[int]:
         """Has the far side stage what stands there, and sends the blocks that differ. Yields how far it came;
         0 while it waits, and at last if there is nothing to begin with: then the file is sent whole."""
         common = min(job.step.entry.size, job.step.before.size if job.step.before is not None else 0)
@@ -3056,7 +3042,7 @@ class Replica:
             try:
                 data = os.pread(fd, block, index * block)
             except OSError as error:
-                faults.append(error)
+                job.fault = error
                 return
             if hashlib.new(self.can[2][:-3], data).hexdigest() != there:
                 part(str(index * block // BLOCK), index * block, block)
