@@ -1706,7 +1706,7 @@ def differences(local: Tree, remote: Tree) -> Iterator[str]:
             yield path
 
 
-def believe(listed: Iterable[Tuple[str, Entry]], local: Tree, known: Optional[Tree],
+def believe(listed: Iterable[Tuple[str, Entry]], local: Tree, known: Tree,
             ours: Callable[[str, Entry], bool], made_ns: Callable[[str], int] = lambda path: 0) -> Tree:
     """The replica as the far side listed it, what is above before what is in it. Only what is ours is taken:
     what stands here, what an earlier connection knew of, and what `ours` says. Where it equals what stands
@@ -1716,7 +1716,7 @@ def believe(listed: Iterable[Tuple[str, Entry]], local: Tree, known: Optional[Tr
         if parent(path) not in remote.inside:
             continue                    # what is above is not ours
         here = local.get(path)
-        before = known.get(path) if known else None
+        before = known.get(path)
         if here is not None and (before is None
                                  or not is_another(before, here, functools.partial(made_ns, path))):
             if entry.mtime_ns != here.mtime_ns and same_time(entry.mtime_ns, here.mtime_ns):
@@ -1796,10 +1796,9 @@ def archive(members: Iterable[Member]) -> bytes:
     return b''.join(out)
 
 
-def script(members: Iterable[Member], fine: bool, umask: Optional[int]) -> bytes:
-    """The same for a far side without tar: lines that its shell reads, with this umask, or None where it
-    means nothing. Names and bytes stand in single quotes."""
-    made = {'f': 0o666 & ~umask if umask is not None else None, 'l': 0o777}
+def script(members: Iterable[Member], fine: bool) -> bytes:
+    """The same for a far side without tar: lines that its shell reads. Names and bytes stand in single
+    quotes."""
     lines: List[bytes] = []
     directories: List[bytes] = []
     groups: Dict[bytes, List[bytes]] = {}       # command: the names it is for
@@ -1821,7 +1820,7 @@ def script(members: Iterable[Member], fine: bool, umask: Optional[int]) -> bytes
             if data.startswith(b'-'):
                 data = b'\\055' + data[1:]
             lines.append(b"printf '%s' >%s || failed=1\n" % (data, quoted))
-        if entry.mode != made.get(entry.kind):      # a directory may inherit setgid
+        if entry.kind != 'l':           # a directory may inherit setgid
             groups.setdefault(b'chmod %05o' % entry.mode, []).append(quoted)
         if entry.mtime_ns is not None:
             when = seconds_of(entry.mtime_ns, fine).encode()
@@ -2395,18 +2394,17 @@ class Hooks:
 
     def work(self) -> None:
         while True:
-            times, paths = 1, self.queue.get()
+            paths = self.queue.get()
             while not self.queue.empty():       # what came while it ran is one run
-                times += 1
                 paths.update(self.queue.get())
+                self.queue.task_done()
             try:
                 self.run(names_of(paths))
             except OSError as error:
                 self.report.warn('the hook cannot be run: %s' % error.strerror)
             except Stopped:             # nobody reads what we say: the main thread sees that by itself
                 pass
-            for _ in range(times):
-                self.queue.task_done()
+            self.queue.task_done()
 
     def run(self, paths: bytes) -> None:
         import tempfile
@@ -2464,7 +2462,6 @@ class Replica:
         self.session = '-'                          # its nonce, for the next one
         self.can: List[str] = []                    # what do_probe said, word by word
         self.remote = Tree()
-        self.known: Optional[Tree] = None           # what was believed when the last connection was lost
         self.mounts: Set[str] = set()               # directories over there on another file system
         # the backlog: paths still to be compared and sent, and why
         self.waiting: 'collections.OrderedDict[str, int]' = collections.OrderedDict()
@@ -2509,7 +2506,7 @@ class Replica:
                 raise Stop('%s went while it was looked at' % shown(source.root))
             far.turn(1)
         self.mounts = far.mounts()
-        self.remote = believe(self.listed(), source.tree, self.known, self.is_ours, source.made_ns)
+        self.remote = believe(self.listed(), source.tree, self.remote, self.is_ours, source.made_ns)
         if far.can:
             self.probed(far.can)
         elif self.overlaps() and not options.dry_run:
@@ -2527,7 +2524,7 @@ class Replica:
             hints = since
             self.excused.update(set(differences(source.tree, self.remote)) - since.keys())
         self.remote.put('', self.remote.get('') or source.tree.get(''))
-        self.known, self.begun = None, True
+        self.begun = True
         del far.listing[:]
         if options.watch:
             self.probe()                # now, rather than before the first edit
@@ -2609,7 +2606,6 @@ class Replica:
                     self.still_there((step.detail or step.path) + path[len(step.path):])
             if step.verb == 'file' or step.verb == 'move' and step.before is not None:
                 self.source.hint(step.path, CONTENT)        # what stood there may look the same
-        self.known = self.known or self.remote
         for path, why in self.waiting.items():
             if why == CONTENT:
                 self.source.hint(path, CONTENT)
@@ -2884,8 +2880,7 @@ class Replica:
                     self.settled[step.path] = here
             members.append((name_there, step.entry, data))
         if self.can[0] == 'script':
-            umask = 0o022 if self.can[3] != 'acl' else None
-            kind, payload = 'script', script(members, self.can[1] == 'fine', umask)
+            kind, payload = 'script', script(members, self.can[1] == 'fine')
         else:
             kind, payload = 'tar', archive(members)
         self.post('bulk', (kind,), [wire(path) for path in numbers], [step for step, _ in batch], [payload])

@@ -679,7 +679,7 @@ def test_what_is_listed_is_believed_where_it_is_ours():
     assert {path: remote.get(path) for path in ['', *remote.below('')]} == {
         '': local.get(''), 'd': listed[1][1], 'd/f': local.get('d/f'), 'l': listed[3][1], 'mine': listed[6][1],
         'was': known.get('was'), 'changed': listed[8][1]}
-    assert set(fr.believe(listed, local, None, lambda path, entry: False).below('')) == {'d', 'd/f', 'l'}
+    assert set(fr.believe(listed, local, fr.Tree(), lambda path, entry: False).below('')) == {'d', 'd/f', 'l'}
 
 
 # ==== Records ===============================================================================================
@@ -759,7 +759,7 @@ def test_a_script_writes_the_same_files_in_every_shell(shell, tmp_path):
     for fine in [False] + [True] * (shell != 'busybox sh'):         # whose touch knows whole seconds only
         root = tmp_path / str(fine)
         root.mkdir()
-        (root / 's').write_bytes(fr.script(what, fine, 0o022 if fine else None))
+        (root / 's').write_bytes(fr.script(what, fine))
         assert run_sh(shell, 'touch=touch failed=0; . ./s; echo $failed', cwd=root) == b'0\n'
         assert_unpacked(root, what, not fine)
 
