@@ -1946,8 +1946,6 @@ class Connection:
         self.flight.append(Sent(self.number, len(head) + length, now, verb, done))
         self.bytes_in_flight += len(head) + length
         pieces = [head, *payload, self.end] if length else [head]
-        if 0 < length < BLOCK and isinstance(payload[0], bytes):        # one write for a small record
-            pieces = [b''.join(pieces)]
         self.out.extend(memoryview(each) if isinstance(each, bytes) else each for each in pieces)
 
     def has_room(self) -> bool:
@@ -2507,9 +2505,7 @@ class Replica:
             far.turn(1)
         self.mounts = far.mounts()
         self.remote = believe(self.listed(), source.tree, self.remote, self.is_ours, source.made_ns)
-        if far.can:
-            self.probed(far.can)
-        elif self.overlaps() and not options.dry_run:
+        if far.can or self.overlaps() and not options.dry_run:
             self.probe()                # before anything is touched
         hints = {path: why for path, why in self.waiting.items() if why == CONTENT}
         self.excused.difference_update(self.waiting)
@@ -2620,23 +2616,20 @@ class Replica:
 
     def probe(self) -> None:
         """Finds out what the far side can do, before the first record that needs to know. Raises Stop where
-        it may not write there, and Lost where it may not any more."""
+        it may not write there, and Lost where it may not any more. After that its staging stands, and must
+        not stand within the source, nor the source within the replica: Stop too."""
         if self.can:
             return
-        answers: List[Tuple[int, str, List[str]]] = []
-        self.far.send('probe', done=lambda *answer: answers.append(answer))
+        answers = [(0, '', [self.far.can])] if self.far.can else []     # it said so with its listing
+        if not answers:
+            self.far.send('probe', done=lambda *answer: answers.append(answer))
         while not answers:
             self.far.turn(None)
         code, said, values = answers[0]
         if code:
             raise (Lost if self.options.watch and (self.was_writable or self.options.wait) else Stop)(
                 'cannot write to %s over there: %s' % (shown(self.options.destination), said))
-        self.probed(values[0])
-
-    def probed(self, answer: str) -> None:
-        """Takes note of what the far side can do. Now its staging stands, and must not stand within the
-        source, nor the source within the replica. Raises Stop."""
-        self.can = answer.split()
+        self.can = values[0].split()
         self.is_staged = self.was_writable = True
         forget_time(self.remote, '')
         here, there = os.path.realpath(self.source.root), os.path.realpath(self.options.destination)
