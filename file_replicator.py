@@ -2121,12 +2121,8 @@ class Connection:
                 seconds, _, fraction = when.partition('.')
                 # before 1970 too: the seconds are rounded down
                 mtime_ns = int(seconds) * 10**9 + int(fraction[:9].ljust(9, '0'))
-                if kind == 'f':
-                    entry = Entry(kind, permissions, int(size), mtime_ns)
-                elif kind == 'l':
-                    entry = Entry(kind, 0o777, 0, mtime_ns, target[:-2])
-                else:
-                    entry = Entry(kind, permissions, 0, mtime_ns)
+                entry = Entry(kind, permissions if kind != 'l' else 0o777, int(size) if kind == 'f' else 0,
+                              mtime_ns, target[:-2])
                 yield path[2:], entry, device
             except ValueError:
                 continue
@@ -2534,11 +2530,11 @@ class Replica:
         for path, entry, device in self.far.entries():
             if path.startswith(staging):
                 continue
-            if unlisted and self.source.tree.get(path) is None and is_below(path, unlisted):
-                continue                # what could not be read here is not what is not here
-            if (mounts and (path in mounts or is_below(path, mounts)) and self.source.tree.get(path) is None
-                    and not (self.known and self.known.get(path))):
-                continue                # nothing that is mounted is removed, but for what we put there
+            # what could not be read here is not what is not here; of what is mounted only ours is removed
+            if self.source.tree.get(path) is None and (
+                    is_below(path, unlisted) or self.remote.get(path) is None
+                    and (path in mounts or is_below(path, mounts))):
+                continue
             if root_device is None:
                 root_device = device
             elif device != root_device and entry.kind == 'd':
@@ -2804,12 +2800,11 @@ class Replica:
                 job = self.jobs.get(step.path)
                 if job and job.is_staged and job.step.entry == step.entry:
                     name = self.jobs.pop(step.path).name
-                elif step.entry.size > min(BULK_BYTES, most):
-                    self.start_job(step)
-                    continue
                 else:
-                    if job:
-                        self.cancel(step.path)
+                    self.cancel(step.path)
+                    if step.entry.size > min(BULK_BYTES, most):
+                        self.start_job(step)
+                        continue
                     read = self.read(step)
                     if read is None:
                         take_back(self.remote, step)
@@ -2936,7 +2931,6 @@ class Replica:
     # ---- large files
 
     def start_job(self, step: Step) -> None:
-        self.cancel(step.path)
         self.is_staged = True
         job = self.jobs[step.path] = Job('part%d' % next(self.job_numbers), step)
         job.parts = self.upload(job)
