@@ -276,16 +276,12 @@ do_meta() {
 # remove: whatever stands at the paths, what is in a directory before it. A directory that holds what is not
 # ours stays; gone already is as good.
 do_remove() {
-  directories=''
   for p; do
     shift
-    solid "$p" >/dev/null || continue
-    set -- "$@" "$p"
-    [ -h "$p" ] || [ ! -d "$p" ] || directories=1
+    ! solid "$p" >/dev/null || set -- "$@" "$p"
   done
   [ $# != 0 ] || return 0
-  if [ -z "$directories" ]; then rm -f "$@"; return; fi
-  rm -f "$@" 2>/dev/null                # it takes all but those
+  rm -f "$@" 2>/dev/null && return      # it takes all but directories
   for p; do
     shift
     if [ ! -h "$p" ] && [ -d "$p" ]; then set -- "$@" "$p"; else ! stands "$p" || rm -f "$p" || return; fi
@@ -954,10 +950,8 @@ class LeftOut:
             if not re.search(r'[][/?\\]|\*\*', name):
                 kind = ['-type', 'd'] if pattern.endswith('/') else []
                 words += ['!', '-name', '.', *kind, '-name', name, '-prune', '-o']
-        size = 0
         for path in sorted(self.ignored, key=len)[:100]:
-            size += len(path)
-            if size >= 16384:           # no argument may be longer than 128 kB, receiver and all
+            if len(path) >= 160:        # no argument may be longer than 128 kB, receiver and all
                 break
             words += ['-path', './' + re.sub(r'([][*?\\])', r'\\\1', path), '-prune', '-o']
         return words
@@ -3102,11 +3096,8 @@ class Replica:
 
     def is_blocked(self, path: str) -> bool:
         """Whether a path, or a directory above it that is not there, failed and waits for its next try."""
-        blocked = bool(self.tries.get(path))
-        while self.tries and path and not blocked:
-            path = parent(path)
-            blocked = bool(self.tries.get(path)) and not self.remote.is_directory(path)
-        return blocked
+        return bool(self.tries.get(path)) or any(
+            self.tries.get(above) and not self.remote.is_directory(above) for above in ancestors(path))
 
     def still_there(self, path: str) -> None:
         """Takes back the belief in a removal, and in those of the directories above it."""
