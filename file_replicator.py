@@ -1940,6 +1940,8 @@ class Connection:
         self.flight.append(Sent(self.number, len(head) + length, now, verb, done))
         self.bytes_in_flight += len(head) + length
         pieces = [head, *payload, self.end] if length else [head]
+        if 0 < length < BLOCK and isinstance(payload[0], bytes):        # one write for a small record
+            pieces = [b''.join(pieces)]
         self.out.extend(memoryview(each) if isinstance(each, bytes) else each for each in pieces)
 
     def has_room(self) -> bool:
@@ -3048,10 +3050,10 @@ class Replica:
         """Says why steps failed, and when they are to be tried again. Returns the code, or 0 for what is as
         good as done."""
         only, follows = steps[0], bool(self.answers)
-        in_the_way = (only.verb == 'remove' and len(steps) == 1
-                      and re.search('not empty|rmdir.*busy', said, re.I))
-        if in_the_way and only.before.kind in 'fl':
-            code = 2                    # of a directory that stands where none did
+        removal = len(steps) == 1 and only.verb == 'remove' and only.before.kind
+        in_the_way = removal in ('d', '?') and re.search('not empty|busy', said, re.I)
+        if removal in ('f', 'l') and re.search('not empty', said, re.I):
+            code = 2                    # of a directory, which stands where none did
         if code == 2 and not follows and self.drifts < DRIFTS_MOST:
             self.drifts += 1
             self.answers.append((steps, code))
