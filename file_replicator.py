@@ -231,19 +231,22 @@ do_part() {
   settle && [ "$took" = 0 ]
 }
 
-# base NAME BLOCKS SIZE: stages what stands at the path as NAME, BLOCKS blocks of SIZE bytes, and says each
-# one's sum. The sums are of the bytes as they were staged, so a change over there meanwhile cannot be patched
-# wrongly; nor can what a full disk left out.
+# base NAME BLOCKS SIZE FROM: adds to the staged file NAME what stands at the path FROM times 64 KiB into it,
+# BLOCKS blocks of SIZE bytes, and says each one's sum. The sums are of the bytes as they were staged, so a
+# change over there meanwhile cannot be patched wrongly; nor can what a full disk left out.
 do_base() {
   [ -f "$1" ] && [ ! -h "$1" ] || return 2
   umask 077
   blocks=$w2
-  while [ "$blocks" -gt 0 ]; do
-    printf '%s + ' "$nonce"
-    take "$w3" | tee -a "$stage/$w1" | "$sum"
-    blocks=$((blocks - 1))
-  done <"$1"
-  [ "$(stat -c %s "$stage/$w1")" = $((w2 * w3)) ]
+  {
+    dd ibs=65536 skip="$w4" count=0 2>/dev/null
+    while [ "$blocks" -gt 0 ]; do
+      printf '%s + ' "$nonce"
+      take "$w3" | tee -a "$stage/$w1" | "$sum"
+      blocks=$((blocks - 1))
+    done
+  } <"$1"
+  [ "$(stat -c %s "$stage/$w1")" = $((w4 * 65536 + w2 * w3)) ]
 }
 
 # dir MODE: makes the path a directory. What is in the way and is none goes.
@@ -568,6 +571,7 @@ BULK_PATHS = 1000               # in one record, at most
 RECORD_BYTES = 4 << 20          # of the backlog in one record, at most: large ones save processes over there
 LIST_PATHS = 128                # paths in one remove or meta record
 BLOCK = 1 << 16                 # parts of a large file begin at multiples of this
+SUMS_BYTES = 8 << 20            # of a large file whose sums are asked for in one record
 JOBS = 8                        # large files on their way at once
 PIPE_BYTES = 1 << 20            # asked of the kernel for the pipes to the connection command
 WINDOW_BYTES = 32 << 20         # on the way and not answered, at most
@@ -3004,27 +3008,34 @@ class Replica:
         if common <= BULK_BYTES or self.can[2] == '-':
             return
         import hashlib
-        block = BLOCK * -(-common // (BLOCK * 256))
-        blocks = common // block
-        answers: List[Tuple[int, str, List[str]]] = []
-        self.far.send('base', (job.name, str(blocks), str(block)), [wire(job.step.path)],
-                      done=lambda *answer: answers.append(answer))
-        while not answers:
-            yield 0
-        code, _, values = answers[0]
-        sums = [value.split()[0] for value in values if value.strip()]
-        if code or len(sums) != blocks:
-            self.discard(job)
-            return
-        for index, there in enumerate(sums):
-            try:
-                data = os.pread(fd, block, index * block)
-            except OSError as error:
-                job.fault = error
+        block = min(SUMS_BYTES, BLOCK * -(-common // (BLOCK * 256)))
+        some = SUMS_BYTES // block * block
+        asked, at, end = 0, 0, common // block * block
+        answers: Deque[Tuple[int, str, List[str]]] = collections.deque()
+        while at < end:
+            while asked < min(at + 2 * some, end):      # the sums of the next ones are made meanwhile
+                count = min(some, end - asked) // block
+                words = job.name, str(count), str(block), str(asked // BLOCK)
+                self.far.send('base', words, [wire(job.step.path)], done=lambda *answer: answers.append(answer))
+                asked += count * block
+            while not answers:
+                yield 0
+            code, _, values = answers.popleft()
+            sums = [value.split()[0] for value in values if value.strip()]
+            if code or len(sums) != min(some, end - at) // block:
+                self.discard(job)
+                yield 0
                 return
-            if hashlib.new(self.can[2][:-3], data).hexdigest() != there:
-                part(str(index * block // BLOCK), index * block, block)
-            yield (index + 1) * block
+            for there in sums:
+                try:
+                    data = os.pread(fd, block, at)
+                except OSError as error:
+                    job.fault = error
+                    return
+                if hashlib.new(self.can[2][:-3], data).hexdigest() != there:
+                    part(str(at // BLOCK), at, block)
+                at += block
+                yield at
 
     # ---- answers
 

@@ -1514,11 +1514,12 @@ def test_a_file_that_another_of_the_same_size_and_time_is_renamed_to_is_sent(tmp
         watched.equal()
 
 
-def test_of_a_large_file_only_what_changed_is_sent(tmp_path):
+@pytest.mark.parametrize('shell', ['bash', 'busybox sh'])
+def test_of_a_large_file_only_what_changed_is_sent(tmp_path, shell):
     data = random.Random(0).getrandbits(8 * 20 * 10**6).to_bytes(20 * 10**6, 'big')
     count = tmp_path / 'count'
     with Watched(tmp_path,
-                 words=counting(['bash'], count),
+                 words=counting(shell_command(tmp_path, shell), count),
                  prepare=lambda source: write(source + '/large', data)) as watched:
         for change in ("printf 'twenty bytes at end\\n' >>large",
                        'printf inside | dd of=large bs=1 seek=9000000 conv=notrunc',
@@ -1527,6 +1528,22 @@ def test_of_a_large_file_only_what_changed_is_sent(tmp_path):
             watched.sh(change)
             watched.equal()
             assert count.stat().st_size - before < 10**6
+
+
+def test_an_edit_does_not_wait_until_all_sums_of_a_large_file_are_made(tmp_path):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/large', FAULT_BIG * 8)
+    write(source + '/small', 'first')
+    os.mkdir(far)
+    connect = shell_command(tmp_path, 'dash')
+    fault_command(tmp_path / 'shims-dash', 'sha256sum', '#!/bin/sh\nsleep 0.02\nexec %s\n' % need('sha256sum'))
+    with Running(tmp_path, '--debugging', source, far, *connect) as running:
+        with open(source + '/large', 'ab') as large:
+            large.write(b'more')
+        running.says('record base')
+        write(source + '/small', 'then')
+        until_equal(source, far + '/src', running=running)
+        assert running.out().index('sent small (4 bytes') < running.out().rindex('sent large')
 
 
 def test_a_work_tree_that_hops_between_commits_stays_the_same(tmp_path):
@@ -2890,7 +2907,7 @@ def test_what_is_half_way_there_is_nobody_elses_to_read(tmp_path, shell):
 
 
 @pytest.mark.parametrize('shell', ['bash', 'dash'])
-@pytest.mark.parametrize('staged', [b'part 2 0 - p\n6\nsecret0123456789ab.\n', b'base 2 1 p 1 6\n./plain\n0\n'],
+@pytest.mark.parametrize('staged', [b'part 2 0 - p\n6\nsecret0123456789ab.\n', b'base 2 1 p 1 6 0\n./plain\n0\n'],
                          ids=['part', 'base'])
 def test_what_was_staged_is_nobody_elses_to_read_even_if_its_mode_cannot_be_set(tmp_path, shell, staged):
     far = str(tmp_path / 'far')
