@@ -182,7 +182,7 @@ put() {
     *[Bb]usy*)
       if [ "$1" = "$temp" ] && [ ! -h "$1" ] && [ -f "$2" ] && [ ! -h "$2" ]; then
         chmod "$(stat -c %a "$1")" "$2" || refused=3
-        cat "$1" >"$2" && scrap "$1" && return
+        cat "$1" >"$2" && rm -f "$1" && return
       fi
       ;;
   esac
@@ -209,15 +209,16 @@ do_file() {
   solid "$1" || { skip; return 2; }
   umask "$w1"
   temp=${1%/*}/$mark refused=0
+  ! stands "$temp" || rm -f "$temp" || { skip; return 1; }      # left where nothing can be removed
   if [ "$w4" = - ]; then
     [ -z "$acl" ] || { true >"$temp" && chmod 600 "$temp"; }
     store "$temp"
   else
     [ -z "$acl" ] || chmod 600 "$stage/$w4"
     mv -f "$stage/$w4" "$temp"
-  fi || { scrap "$temp"; return 1; }
+  fi || { rm -f "$temp"; return 1; }
   [ "$w2" = - ] || chmod "$w2" "$temp" || refused=3
-  put "$temp" "$1" || { scrap "$temp"; return 1; }
+  put "$temp" "$1" || { rm -f "$temp"; return 1; }
   stamp - "$w3" "$1" || refused=3
   return $refused
 }
@@ -262,7 +263,7 @@ do_dir() {
 do_link() {
   solid "$2" || return 2
   temp=${2%/*}/$mark
-  { ln -s -- "${1%.}" "$temp" && put "$temp" "$2"; } || { scrap "$temp"; return 1; }
+  { ln -s -- "${1%.}" "$temp" && put "$temp" "$2"; } || { rm -f "$temp"; return 1; }
   stamp - "$w1" "$2" || return 3
 }
 
@@ -3081,10 +3082,10 @@ class Replica:
             if only.verb == 'meta' and only.detail == 't' and only.entry.kind == 'd':
                 # Only its owner may set it, so one more try is enough, until something changes in it.
                 self.report.notice(only.path, 'its time could not be set: ' + said)
-                if self.tries.pop(only.path, 0):
-                    self.report.solved(only.path, 'send')
+                if ('send', only.path) not in self.report.problems and self.tries.pop(only.path, 0):
                     return 0
                 said = ''
+            said = said.partition('; ')[0]      # whether one or both were refused, it is the same problem
             self.failed(only.path, said and 'its mode or time could not be set: ' + said, META)
         elif len(steps) > 1 or only.verb == 'move':
             for step in steps:

@@ -6697,6 +6697,46 @@ def test_a_file_that_is_replaced_within_a_second_is_sent_though_times_here_are_w
             until_equal(source, far + '/src', 5, running=running)
 
 
+def test_a_directory_in_which_nothing_can_be_renamed_or_removed_keeps_nothing_else(tmp_path):
+    """As one that may only be appended to."""
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/a/f', 'first')
+    os.mkdir(far)
+    connect = shell_command(tmp_path, 'dash')
+    for tool in ('mv', 'rm'):
+        fault_command(tmp_path / 'shims-dash', tool, '#!/bin/sh\ncase "$*" in *a/.file_replicator*-new*)\n'
+                      '[ -e %s ] || { echo not here; exit 1; } ;; esac\nexec %s "$@"\n' % (tmp_path / 'mended', need(tool)))
+    with Running(tmp_path, source, far, *connect, wait=False) as running:
+        running.says('not in step')
+        write(source + '/z', 'later')
+        until(lambda: fault_holds(far, 'src/z', b'later'), 10, running.log)
+        write(source + '/a/f', 'then')
+        running.says('a/f: not here')
+        write(str(tmp_path / 'mended'))
+        until_equal(source, far + '/src', 30, running=running)
+        assert 'connection lost' not in running.err()
+
+
+def test_a_directory_whose_mode_and_time_cannot_be_set_is_named_once(tmp_path):
+    source, far, stuck = str(tmp_path / 'src'), str(tmp_path / 'far'), str(tmp_path / 'stuck')
+    write(source + '/a/f', 'first')
+    os.mkdir(far)
+    connect = shell_command(tmp_path, 'dash')
+    for tool in ('chmod', 'touch'):
+        fault_command(tmp_path / 'shims-dash', tool, '#!/bin/sh\ncase "$*" in *" ./a"*) [ ! -e %s ] || { echo not %s; exit 1; } ;; esac\n'
+                      'exec %s "$@"\n' % (stuck, tool, need(tool)))
+    with Running(tmp_path, '--debugging', source, far, *connect) as running:
+        write(stuck)
+        os.chmod(source + '/a', 0o750)
+        for number in range(4):
+            write(source + '/a/f', 'number %d' % number)
+            until(lambda: fault_holds(far, 'src/a/f', b'number %d' % number), 10, running.log)
+        until(lambda: len(re.findall(r'answer \d+ 1', running.err())) > 6, 20, running.log)
+        assert running.err().count('a: its mode or time could not be set') == 1
+        os.unlink(stuck)
+        until_equal(source, far + '/src', 40, running=running)
+
+
 def test_a_far_tar_that_loses_times_is_not_used(tmp_path):
     """As GNU's does on a FUSE file system that ignores one of two times."""
     source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
