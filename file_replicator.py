@@ -410,7 +410,8 @@ do_probe() {
 # The tar that was found: a tool, or what busybox has though no link to it is named so.
 run_tar() { "$tar" ${applet:+"$applet"} "$@"; }
 
-# True if it works: it unpacks into x what it packed, with its time, which FUSE may lose though GNU's tar set it.
+# True if it works: it unpacks into x what it packed, with its time, which FUSE may lose though GNU's tar set
+# it.
 has_tar() {
   (cd "$stage" && run_tar cf - p | { mkdir -p x && cd x && run_tar xpof - && [ -s p/p ]; } &&
     [ "$(stat -c %Y x/p/p)" = 1 ])
@@ -1314,7 +1315,7 @@ class Source:
         before = self.tree.get(path)
         if before != entry:
             self.changed.setdefault(path, LOOK)
-            # Only its ctime is another, and no event told why; or that cannot tell, as where it is in seconds.
+            # Only its ctime is another, and no event told why; or it cannot tell, as one in seconds.
             if kind == 'f' and before is not None and (
                     before.ctime_ns == entry.ctime_ns if why else before[:6] == entry[:6]):
                 self.changed[path] = CONTENT
@@ -3012,12 +3013,13 @@ class Replica:
         block = min(SUMS_BYTES, BLOCK * -(-common // (BLOCK * 256)))
         some = SUMS_BYTES // block * block
         asked, at, end = 0, 0, common // block * block
+        path = [wire(job.step.path)]
         answers: Deque[Tuple[int, str, List[str]]] = collections.deque()
         while at < end:
             while asked < min(at + 2 * some, end):      # the sums of the next ones are made meanwhile
                 count = min(some, end - asked) // block
                 words = job.name, str(count), str(block), str(asked // BLOCK)
-                self.far.send('base', words, [wire(job.step.path)], done=lambda *answer: answers.append(answer))
+                self.far.send('base', words, path, done=lambda *answer: answers.append(answer))
                 asked += count * block
             while not answers:
                 yield 0
