@@ -3064,10 +3064,10 @@ class Replica:
         """Says why steps failed, and when they are to be tried again. Returns the code, or 0 for what is as
         good as done."""
         only, follows = steps[0], bool(self.answers)
-        removal = len(steps) == 1 and only.verb == 'remove' and only.before.kind
-        in_the_way = removal in ('d', '?') and re.search('not empty|busy', said, re.I)
-        if removal in ('f', 'l') and re.search('not empty', said, re.I):
-            code = 2                    # of a directory, which stands where none did
+        stood = only.before.kind if len(steps) == 1 and only.before is not None else ''
+        in_the_way = only.verb == 'remove' and stood in ('d', '?') and re.search('not empty|busy', said, re.I)
+        if stood in ('f', 'l') and re.search('not empty', said, re.I):
+            code = 2                    # a directory stands where none did
         if code == 2 and not follows and self.drifts < DRIFTS_MOST:
             self.drifts += 1
             self.answers.append((steps, code))

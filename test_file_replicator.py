@@ -6717,6 +6717,19 @@ def test_a_directory_in_which_nothing_can_be_renamed_or_removed_keeps_nothing_el
         assert 'connection lost' not in running.err()
 
 
+@pytest.mark.parametrize('change', ['echo new >f', 'rm f', 'rm f; ln -s g f', 'mv g f'])
+def test_with_mirror_a_directory_that_came_to_stand_where_a_file_of_ours_did_goes_with_all_in_it(tmp_path, change):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    for name in ('f', 'g'):
+        write(source + '/' + name, name)
+    os.mkdir(far)
+    with Running(tmp_path, '--mirror', source, far, 'dash') as running:
+        os.unlink(far + '/src/f')
+        write(far + '/src/f/theirs')
+        subprocess.run(['sh', '-c', change], cwd=source, check=True)
+        until_equal(source, far + '/src', 10, running=running)
+
+
 def test_a_directory_whose_mode_and_time_cannot_be_set_is_named_once(tmp_path):
     source, far, stuck = str(tmp_path / 'src'), str(tmp_path / 'far'), str(tmp_path / 'stuck')
     write(source + '/a/f', 'first')
