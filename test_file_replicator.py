@@ -4525,25 +4525,11 @@ def test_without_inotify_everything_is_looked_at_now_and_then(tmp_path):
 
 # ---- limits
 
-@contextlib.contextmanager
-def fault_setting(name, value):
-    fault_root()
-    with open(name) as file:
-        before = file.read()
-    try:
-        with open(name, 'w') as file:
-            file.write('%s\n' % value)
-        yield
-    finally:
-        with open(name, 'w') as file:
-            file.write(before)
-
-
 def test_lost_events_are_made_good(tmp_path):
     source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
     os.mkdir(source)
     os.mkdir(far)
-    with fault_setting('/proc/sys/fs/inotify/max_queued_events', 16):
+    with kernel_setting(QUEUE, 16):
         running = Running(tmp_path, source, far, 'dash')        # the limit is taken when inotify is opened
     with running:
         for round_number in range(3):
@@ -6611,18 +6597,17 @@ def test_a_directory_that_got_the_number_of_one_that_is_gone_is_not_taken_for_it
 def test_bytes_that_changed_in_place_and_kept_size_and_time_arrive_though_no_event_tells(tmp_path, options, lost):
     source, there = option_source(tmp_path, 'f')
     write(str(source / 'f'), 'A' * 1000, mtime_ns=10**18)
-    if lost:
-        fault_root()
-    with fault_setting(QUEUE, 16) if lost else contextlib.nullcontext():
-        with option_watching(tmp_path, *options) as running:
-            os.kill(running.process.pid, signal.SIGSTOP)
-            for number in range(40):
-                write(str(source / ('x%d' % number)))
-            with open(str(source / 'f'), 'r+') as file:
-                file.write('B' * 1000)
-            os.utime(str(source / 'f'), ns=(10**18, 10**18))
-            os.kill(running.process.pid, signal.SIGCONT)
-            until(lambda: fault_holds(str(there), 'f', b'B' * 1000), 10, running.log)
+    with contextlib.ExitStack() as stack:
+        with kernel_setting(QUEUE, 16) if lost else contextlib.nullcontext():
+            running = stack.enter_context(option_watching(tmp_path, *options))
+        os.kill(running.process.pid, signal.SIGSTOP)
+        for number in range(40):
+            write(str(source / ('x%d' % number)))
+        with open(str(source / 'f'), 'r+') as file:
+            file.write('B' * 1000)
+        os.utime(str(source / 'f'), ns=(10**18, 10**18))
+        os.kill(running.process.pid, signal.SIGCONT)
+        until(lambda: fault_holds(str(there), 'f', b'B' * 1000), 10, running.log)
 
 
 def test_another_time_within_the_same_second_is_set(tmp_path):

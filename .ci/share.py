@@ -5,14 +5,14 @@ the whole kernel, which is nothing to be done beside others."""
 import hashlib
 import os
 
-ALONE = {'test_a_queue_of_events_that_ran_over_is_made_good', 'test_lost_events_are_made_good',
-         'test_it_imports_the_standard_library_and_inotify_simple_only'}
+# in the names of all that call kernel_setting
+ALONE = 'a_queue_of_events_that_ran_over', 'lost_events_are_made_good', 'changed_in_place_and_kept', 'a tiny queue'
 LONGEST = 'test_silence_is_noticed_within_45_seconds_with_data_on_the_way_and_without'
 SHARE = os.environ['SHARE']
 
 
 def pytest_collection_modifyitems(items):
-    items[:] = [item for item in items if (item.originalname in ALONE) == (SHARE == 'alone')]
+    items[:] = [item for item in items if any(words in item.name for words in ALONE) == (SHARE == 'alone')]
     items.sort(key=lambda item: item.name != LONGEST)
 
 
