@@ -1820,7 +1820,7 @@ def script(members: Iterable[Member], fine: bool) -> bytes:
             if data.startswith(b'-'):
                 data = b'\\055' + data[1:]
             lines.append(b"printf '%s' >%s || failed=1\n" % (data, quoted))
-        if entry.kind != 'l':           # a directory may inherit setgid
+        if entry.kind != 'l':           # whatever the umask, an ACL or setgid above it made of it
             groups.setdefault(b'chmod %05o' % entry.mode, []).append(quoted)
         if entry.mtime_ns is not None:
             when = seconds_of(entry.mtime_ns, fine).encode()
@@ -2681,11 +2681,11 @@ class Replica:
             for path, here in entries.items() if movable else ():
                 if here is not None and here.inode in movable and remote.get(path) is None:
                     first[path] = changed[path]
-            size = 0
+            edits = 0
             for path, here in entries.items():
                 if here is not None and here.kind != 'd' and remote.get(path) is not None:
-                    size += bulk_size(here) + 512
-                    if size < BULK_BYTES:       # an edit need not wait for what is new
+                    edits += bulk_size(here) + 512
+                    if edits < BULK_BYTES:      # an edit need not wait for what is new
                         first[path] = changed[path]
             self.waiting.update((path, changed[path]) for path in sorted(changed) if path not in first)
             changed = first
