@@ -2158,14 +2158,15 @@ class Connection:
         return ': ' + '; '.join(lines) if lines else ''
 
     def diagnosis(self) -> str:
-        """Why the connection ended, as far as can be told."""
+        """Why the connection ended, as far as can be told. What was answered until then is heard first."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(1)
         status = self.process.returncode
+        self.hear(self.process.stdout.read(PIPE_BYTES) or b'')
         self.hear_complaints()
         hint = ''
         if self.phase == 'starting':
-            self.said = lines_of(self.heard + (self.process.stdout.read(PIPE_BYTES) or b''))
+            self.said = lines_of(self.heard)
             hint = WHAT_IT_MAY_MEAN.get(status, '')
         said = self.what_was_said()
         if status is None:

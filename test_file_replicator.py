@@ -6315,10 +6315,29 @@ def test_a_remote_hook_that_a_lost_connection_kept_from_running_runs_after_it(tm
 
 @pytest.mark.parametrize('far', ['bash', 'dash', 'busybox sh'])
 def test_a_remote_hook_that_ends_its_connection_runs_once(tmp_path, far):
-    source, there = option_source(tmp_path, 'f')
+    source, there = option_source(tmp_path)
+    write(str(source / 'f'), mtime_ns=10**18)       # else it may be so fresh that it is sent again
     once('--no-replicate-on-change', '--remote-hook', 'echo >>../runs; kill -9 $PPID', source, there.parent,
          *shell_command(tmp_path, far), timeout=20)
     assert (tmp_path / 'there/runs').read_bytes() == b'\n'
+
+
+def test_a_remote_hook_that_ends_its_connection_runs_once_though_that_is_told_late(tmp_path):
+    source, there = option_source(tmp_path, 'f')
+    late = fault_python(tmp_path / 'late', 'relay', """
+far = subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE)
+os.close(0)
+for data in iter(lambda: os.read(far.stdout.fileno(), 65536), b''):
+    time.sleep(0.3)
+    os.write(1, data)
+""")
+    words = '--remote-hook', 'cat >>../runs; kill -9 $PPID', source, there.parent, late, 'bash'
+    with Running(tmp_path, *words) as running:
+        until(lambda: (tmp_path / 'there/runs').exists(), 10, running.log)
+        write(str(source / 'g'))        # so that something is written where nobody reads any more
+        until(lambda: fault_holds(str(there), 'g', b''), 10, running.log)
+        until(lambda: b'g\0' in (tmp_path / 'there/runs').read_bytes(), 10, running.log)
+    assert (tmp_path / 'there/runs').read_bytes() == b'f\0g\0'
 
 
 def test_what_a_remote_hook_prints_is_shown_as_it_is(tmp_path):
