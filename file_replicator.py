@@ -2143,7 +2143,7 @@ class Connection:
     def sums(self) -> Tuple[str, Dict[str, str]]:
         """The tool the far side's sums are made with ('-' for none), and path: sum."""
         text = self.listed_as('sums') or '-'
-        tool, *lines = re.split(r'\n(?=\\?[0-9a-f]{32,}  \./|$)', text)     # a name may hold a newline
+        tool, *lines = re.split(r'\n(?=\\?[0-9a-f]{32,}  \./|\Z)', text)     # a name may hold a newline
         found = {}
         for line in lines:
             value, _, path = line.partition('  ')

@@ -5205,8 +5205,9 @@ OPTION_FARS = ['bash', 'busybox only']
 
 def option_far(tmp_path, far='bash'):
     """Connection command, DEST_PARENT_DIR as the far side sees it, and the directory that is here."""
-    if far == 'bash':
-        return ['bash'], str(tmp_path / 'there'), str(tmp_path / 'there')
+    if far != 'busybox only':           # 'dash' has GNU's tools, where bash changes to a busybox if there is one
+        words = ['bash'] if far == 'bash' else shell_command(tmp_path, far)
+        return words, str(tmp_path / 'there'), str(tmp_path / 'there')
     if os.getuid():
         pytest.skip('a chroot needs root')
     root = busybox_root(str(tmp_path / 'root'))
@@ -5854,9 +5855,9 @@ def test_a_file_renamed_out_of_and_into_exclusion(tmp_path, far):
 
 # ---- --checksum, --dry-run
 
-@pytest.mark.parametrize('far', OPTION_FARS)
+@pytest.mark.parametrize('far', [*OPTION_FARS, 'dash'])
 def test_checksum_repairs_what_size_and_time_hide_and_sends_no_bytes_where_they_are_equal(tmp_path, far):
-    names = ['same', 'other', 'later', 'd/other two', 'new\nline', 'back\\slash', '-n', 'empty', 'é',
+    names = ['same', 'other', 'later', 'd/other two', 'new\nline', '\n', 'back\\slash', '-n', 'empty', 'é',
              '\udcff']
     source, _ = option_source(tmp_path, *names)
     write(str(source / 'large'), os.urandom(3 << 20))
@@ -5876,10 +5877,19 @@ def test_checksum_repairs_what_size_and_time_hide_and_sends_no_bytes_where_they_
     assert option_once(tmp_path, '--dry-run', far=far).stdout.count('would send') <= 1
     assert difference(str(source), there, True)
     done = option_once(tmp_path, '--checksum', far=far)
-    assert not difference(str(source), there, whole_seconds=far != 'bash'), done.stdout + done.stderr
+    assert not difference(str(source), there, whole_seconds=far == 'busybox only'), done.stdout + done.stderr
     sent = option_lines(done.stdout, 'sent')
     assert not {'same', 'later', 'empty'} & set(sent), done.stdout
     assert 'later' in option_lines(done.stdout, 'updated'), done.stdout
+    assert not option_lines(option_once(tmp_path, '--checksum', far=far).stdout, 'sent', 'updated')
+
+
+@pytest.mark.parametrize('far', [*OPTION_FARS, 'dash'])
+@pytest.mark.parametrize('name', ['\n', 'n\n', '\\', '\n./\n'])
+def test_checksum_knows_the_sum_of_a_file_however_its_name_ends(tmp_path, name, far):
+    source, _ = option_source(tmp_path)
+    write(str(source / name), mtime_ns=10**18)
+    option_once(tmp_path, far=far)
     assert not option_lines(option_once(tmp_path, '--checksum', far=far).stdout, 'sent', 'updated')
 
 
