@@ -56,14 +56,14 @@ __version__ = '1.0'
 #
 #     VERB NUMBER COUNT WORDS...     COUNT paths follow, each a line (see get for a name that holds a newline)
 #     ./path
-#     LENGTH
-#     bytes, then NONCE. and a newline
+#     LENGTH MARKER
+#     bytes, then MARKER and a newline
 #
 # What each verb does, and with which words, stands above its function, do_VERB. The answer is a line
 # `NONCE NUMBER CODE`: 0 done, 1 failed, 2 not as it was listed, 3 done but for mode or time. Lines before it
-# that do not begin with the nonce say why; `NONCE + ...` are values. The nonce is new each time, so no name
-# and no file's bytes can be taken for an answer or a marker. First come `NONCE ready`, a listing (see list),
-# and `NONCE listed`.
+# that do not begin with the nonce say why; `NONCE + ...` are values. The nonce is new with each session, so no
+# name and no file's bytes can be taken for an answer; the marker with each record, since by then others over
+# there may have read the nonce. First come `NONCE ready`, a listing (see list), and `NONCE listed`.
 
 RECEIVER = r'''# What file_replicator.py runs on the far side: functions only; one call of main is appended.
 # The rules it keeps: no byte of the stream is left over or taken too much, whatever fails; nothing outside
@@ -71,7 +71,7 @@ RECEIVER = r'''# What file_replicator.py runs on the far side: functions only; o
 # millisecond, a builtin a hundredth of that, so the common paths are mostly builtins.
 
 # Says why this session cannot go on, and ends it.
-stop() { echo "$nonce stop $1"; exit 1; }
+give_up() { echo "$nonce stop $1"; exit 1; }
 
 # Ends the session. The staging goes, and with it whatever was half-way; the root gets its time back.
 leave() {
@@ -88,7 +88,7 @@ leave() {
 # a directory that we may not search, where we made nothing.
 scrap() {
   rm -rf "$@" 2>/dev/null && return
-  for left; do ! stands "$left" || stop "cannot remove its own files"; done
+  for left; do ! stands "$left" || give_up "cannot remove its own files"; done
 }
 
 # True if the replica is where it was; where -ef is not known, if there is any of that name.
@@ -105,6 +105,7 @@ get() {
       *) p=$p$line; return ;;
     esac
   done
+  give_up "cannot read a name"          # yash, where the bytes are no text of its locale
 }
 
 # Prints exactly $1 bytes of the stream. busybox's and toybox's head read too much, dd without fullblock stops
@@ -114,7 +115,7 @@ take() {
   [ "$1" != 0 ] || return 0
   case $taker in
     1) dd ibs=65536 obs=65536 count="$1" iflag=count_bytes,fullblock status=none ;;
-    2) head -c "$1" ;;
+    2) head -c "$1" | cat ;;            # uutils' reads too much if its output is a file
     3) dd ibs=65536 obs=65536 count=$(($1 / 65536)) iflag=fullblock 2>/dev/null && {
          [ $(($1 % 65536)) = 0 ] || dd ibs=$(($1 % 65536)) obs=65536 count=1 iflag=fullblock 2>/dev/null; } ;;
     4) dd ibs=65536 obs=65536 count="$1" iflag=count_bytes 2>/dev/null ;;
@@ -129,7 +130,7 @@ settle() {
   [ "$length" != 0 ] || return 0
   passed=0
   while IFS= read -r line || leave; do
-    case $line in "$nonce.") return $passed ;; *"$nonce.") return 1 ;; esac
+    case $line in "$marker") return $passed ;; *"$marker") return 1 ;; esac
     passed=1
   done
 }
@@ -166,6 +167,10 @@ closed() {
 
 # True if there is something at $1, a link that leads nowhere too.
 stands() { [ -e "$1" ] || [ -h "$1" ]; }
+
+# Sets temp to our name beside the path $1. What stands there goes: ln would go into a directory, or through a
+# link to one, that somebody made there.
+beside() { temp=${1%/*}/$mark; ! stands "$temp" || rm -f "$temp"; }
 
 # Makes way at $1 for what is no directory: mv and ln would go into a directory, or through a link to one.
 clear_way() { [ ! -d "$1" ] || if [ -h "$1" ]; then rm -f "$1"; else rmdir "$1"; fi; }
@@ -208,8 +213,8 @@ stamp() {
 do_file() {
   solid "$1" || { skip; return 2; }
   umask "$w1"
-  temp=${1%/*}/$mark refused=0
-  ! stands "$temp" || rm -f "$temp" || { skip; return 1; }      # left where nothing can be removed
+  refused=0
+  beside "$1" || { skip; return 1; }    # left where nothing can be removed
   if [ "$w4" = - ]; then
     [ -z "$acl" ] || { true >"$temp" && chmod 600 "$temp"; }
     store "$temp"
@@ -262,7 +267,7 @@ do_dir() {
 # link TIME: the first path, less the dot at its end, is where the second shall lead.
 do_link() {
   solid "$2" || return 2
-  temp=${2%/*}/$mark
+  beside "$2" || return 1
   { ln -s -- "${1%.}" "$temp" && put "$temp" "$2"; } || { rm -f "$temp"; return 1; }
   stamp - "$w1" "$2" || return 3
 }
@@ -321,6 +326,8 @@ do_bulk() {
     made=$stage/b/$number
     { into "$p" "$made"/* && into "$p" "$made"/.[!.]* && into "$p" "$made"/..?*; } || failed=1
   done
+  # What stayed would be lost: yash's patterns match no name that is no text of its locale.
+  [ "$failed" = 1 ] || rmdir "$stage"/b/* 2>/dev/null || failed=1
   scrap "$stage/b" "$stage/s"
   return $failed
 }
@@ -348,16 +355,21 @@ do_hook() {
   return 1
 }
 
+# In place of a record for which no staging could be made.
+do_nothing() { skip; return 1; }
+
 # beat: nothing, to see whether the connection lives.
 do_beat() { :; }
 
 # Makes the staging, for what is put together there before it takes its place. Another session's goes: a
 # connection that was given up may still have bytes on the way, and without its staging its receiver ends
-# instead of writing them.
+# instead of writing them. What stands at our name goes too: since the last rest others may know it. True if
+# it is there.
 make_stage() {
   [ -z "$staged" ] || return 0
-  mkdir -m 700 "$stage" 2>/dev/null     # before others go: of two at once, one must notice
-  [ ! -d "$stage" ] || staged=1         # that may have failed only at its mode
+  umask 077
+  ! stands "$stage" || rm -rf "$stage"
+  mkdir "$stage" 2>/dev/null && staged=1        # before others go: of two at once, one must notice
   for old in ./.file_replicator.????????????; do
     case ${old#./.file_replicator.} in
       "$nonce" | *[!0-9a-f]*) ;;
@@ -367,11 +379,13 @@ make_stage() {
         ;;
     esac
   done
-  [ -n "$staged" ] || mkdir -m 700 "$stage" && staged=1         # on a full disk another one took the room
+  [ -n "$staged" ] || mkdir "$stage" || return  # on a full disk another one took the room
+  staged=1
+  [ -z "$acl" ] || chmod 700 "$stage" 2>/dev/null || :
 }
 
 # Ends the session whose staging another one took away.
-keep_stage() { [ -z "$staged" ] || [ -d "$stage" ] || stop "its staging was taken away"; }
+keep_stage() { [ -z "$staged" ] || [ -d "$stage" ] || give_up "its staging was taken away"; }
 
 # rest: removes the staging, until there is more to do.
 do_rest() { rm -rf "$stage" && staged=''; }
@@ -388,7 +402,7 @@ do_probe() {
   done
   umask 077
   mkdir "$stage/p" || return 1
-  case $(stat -c %a "$stage/p") in *700) acl='' ;; *) acl=acl ;; esac
+  case $(stat -c %a "$stage/p") in *700) acl='' ;; *) acl=acl; chmod 700 "$stage" 2>/dev/null ;; esac
   { echo probe >"$stage/p/p"; } 2>/dev/null     # not on a full disk, but what is to go can go
   fine=fine
   if ! touch -d @1.5 "$stage/p" 2>/dev/null; then
@@ -424,7 +438,7 @@ find_tool() {
   while [ -n "$rest" ]; do
     found=${rest%%:*}/$1
     rest=${rest#*:}
-    [ ! -x "$found" ] || return 0
+    [ ! -f "$found" ] || [ ! -x "$found" ] || return 0
   done
   return 1
 }
@@ -441,7 +455,7 @@ find_sum() {
 # are find's, for what is left out.
 list() {
   find_tool find || found="find"
-  if "$found" . -maxdepth 0 -printf '' 2>/dev/null; then
+  if "$found" . -maxdepth 0 -printf '%y %m %s %T@ %D %p%l' >/dev/null 2>&1; then     # toybox knows no %y
     "$found" . "$@" -printf "$nonce %y %m %s %T@ %D %p//%l.\n" || was_killed $?
   else
     find . "$@" ! -type l -exec stat -c "$nonce x%f - %s %Y %d %n//." {} + || was_killed $?
@@ -454,7 +468,7 @@ list() {
 
 # Ends the session if find, which ended with the status $1, did not come to its end: what it did not list
 # would be taken not to be there. What it cannot enter is no reason.
-was_killed() { [ "$1" -lt 126 ] || stop "find, which lists the replica, ended with status $1"; }
+was_killed() { [ "$1" -lt 126 ] || give_up "find, which lists the replica, ended with status $1"; }
 
 # Says where the replica is, and what is mounted anywhere: nothing of that is removed. A bind mount shows in
 # no other way.
@@ -490,11 +504,11 @@ empty() { for p in * .[!.]* ..?*; do ! stands "./$p" || return 1; done; }
 main() {
   newline='
 '
-  set +e +f +u +C
+  set +e +f +u +v +x +C
   [ "$1" = - ] || FILE_REPLICATOR=$LC_ALL       # what the hook gets back
   LC_ALL=C
   export LC_ALL FILE_REPLICATOR
-  unset CDPATH TAR_OPTIONS
+  unset CDPATH IFS TAR_OPTIONS
   # Of what was there only whole paths stay: no file of the replica may be taken for a tool.
   rest=$PATH: whole=''
   while [ -n "$rest" ]; do
@@ -512,7 +526,7 @@ main() {
     exec sh -c "$1" -
   fi
   nonce=$2 root=$3 flags=$4 hook=$5
-  [ ! -t 0 ] || stop "the connection goes through a terminal, which changes bytes; leave out -t"
+  [ ! -t 0 ] || give_up "the connection goes through a terminal, which changes bytes; leave out -t"
   [ "$6" = - ] || end_session "$6"
   locale=$FILE_REPLICATOR FILE_REPLICATOR=$nonce
   shift 6
@@ -521,21 +535,21 @@ main() {
   exec 2>&1
   if [ -h "$root" ] || [ ! -d "$root" ]; then
     case $flags in *d*) echo; echo "$nonce ready"; echo "$nonce listed"; exit ;; esac
-    ! stands "$root" || rm -f "$root" || stop "cannot remove what stands where the replica is to be"
-    mkdir -p "$root" || stop "cannot make the directory"
+    ! stands "$root" || rm -f "$root" || give_up "cannot remove what stands where the replica is to be"
+    mkdir -p "$root" || give_up "cannot make the directory"
   fi
-  cd "$root" || stop "cannot enter the directory"
+  cd "$root" || give_up "cannot enter the directory"
   root=$(pwd -P; echo .)
   root=${root%"$newline".}
   case $flags in
     *g*) home=$(cd "${HOME:-/}" 2>/dev/null && pwd -P)
-         [ "$root" != / ] || stop "that is the whole file system"
-         case $home/ in "$root"/*) stop "that is or holds the home directory over there" ;; esac ;;
+         [ "$root" != / ] || give_up "that is the whole file system"
+         case $home/ in "$root"/*) give_up "that is or holds the home directory over there" ;; esac ;;
   esac
   trap leave 0 HUP INT TERM PIPE
   echo
   echo "$nonce ready"
-  case $flags in *d*) ;; *) ! empty || do_probe || { keep_stage; stop "cannot write there"; } ;; esac
+  case $flags in *d*) ;; *) ! empty || do_probe || { keep_stage; give_up "cannot write there"; } ;; esac
   list_mounts
   list "$@"
   case $flags in *c*) list_sums "$@" ;; esac
@@ -547,10 +561,10 @@ main() {
       set -- "$@" "$p"
       count=$((count - 1))
     done
-    read -r length || leave
-    at_home || stop "the replica is gone"
+    read -r length marker || leave
+    at_home || give_up "the replica is gone"
     keep_stage
-    case $verb in part | base | bulk | hook) make_stage ;; esac         # where it cannot be, they fail
+    case $verb in part | base | bulk | hook) make_stage || verb=nothing ;; esac
     checked='' temp=''
     "do_$verb" "$@"
     code=$?
@@ -973,6 +987,7 @@ KINDS = {stat.S_IFREG: 'f', stat.S_IFDIR: 'd', stat.S_IFLNK: 'l'}  # all else is
 TICK_NS = 50 * 10**6            # by which the time of a file may lag behind the clock, at most
 # of git's own directory, and of those above the root; the last two come with a new repository
 RULES = '.gitignore', 'exclude', 'index', 'config', 'HEAD', 'info'
+GONE = errno.ENOENT, errno.ENOTDIR, errno.ELOOP         # the last two: what was above is no directory any more
 LOOKS = 10                      # in a row, while there are new events, before what was seen is sent
 
 
@@ -1288,11 +1303,11 @@ class Source:
             kind = entry.kind
             if kind == 'l':
                 entry = entry._replace(mode=0o777, target=os.readlink(self.full(path)))
-        except (FileNotFoundError, NotADirectoryError):
-            self.left_out.ignored.discard(path)
-            self.lose(path)
-            return False
         except OSError as error:
+            if error.errno in GONE:
+                self.left_out.ignored.discard(path)
+                self.lose(path)
+                return False
             self.report.problem(path, 'cannot be looked at: ' + error.strerror, 'look')
             self.unlisted.add(parent(path))
             return False
@@ -1387,10 +1402,10 @@ class Source:
                     self.see(directory, functools.partial(os.stat, full))
                 with os.scandir(full) as listed:
                     found = {prefix + item.name: item for item in listed}
-            except (FileNotFoundError, NotADirectoryError):
-                self.hint(directory, LOOK)
-                continue
             except OSError as error:
+                if error.errno in GONE:
+                    self.hint(directory, LOOK)
+                    continue
                 self.report.problem(directory, 'cannot be listed, so nothing in it is replicated or removed: '
                                     + error.strerror, 'list')
                 self.unlisted.add(directory)
@@ -1622,7 +1637,7 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
         was = remote.get(old) if old else None
         # The number of what is gone may by now be that of another thing, which was made after that was last
         # seen, and at its place another stand.
-        if (old and was is not None and was.kind == here.kind and was.inode == here.inode
+        if (old and was is not None and was.kind == here.kind and was.inode == here.inode and there is not here
                 and not (path + '/').startswith(old + '/')
                 and (there is None or there.kind in 'fl' and here.kind != 'd')
                 and (here.kind == 'd' or was.size == here.size and was.mtime_ns == here.mtime_ns
@@ -1743,10 +1758,11 @@ def wire(path: str) -> bytes:
     return b'./' + os.fsencode(path).replace(b'\n', b'/\n') if path else b'.'
 
 
-def record(verb: str, number: int, words: Sequence[str], paths: Sequence[bytes], length: int) -> bytes:
-    """Header, paths and length; where that is not 0, the bytes and a marker line follow."""
+def record(verb: str, number: int, words: Sequence[str], paths: Sequence[bytes], length: int,
+           marker: str) -> bytes:
+    """Header, paths and length; where that is not 0, the bytes and the marker line follow."""
     head = '%s %d %d %s\n' % (verb, number, len(paths), ' '.join(words))
-    return b'%s%s%d\n' % (head.encode(), b''.join(path + b'\n' for path in paths), length)
+    return b'%s%s%d %s\n' % (head.encode(), b''.join(path + b'\n' for path in paths), length, marker.encode())
 
 
 def seconds_of(mtime_ns: int, fine: bool) -> str:
@@ -1894,7 +1910,6 @@ class Connection:
         self.report = report
         self.nonce = os.urandom(6).hex()
         self.staging = '.file_replicator.' + self.nonce
-        self.end = (self.nonce + '.\n').encode()
         self.milestone = re.compile(('%s (?:(ready)(\r?)|listed|stop (.*))\n' % self.nonce).encode())
         # not where somebody says the name of the staging
         self.answer = re.compile(r'(?<!_replicator\.)%s (?:(\d+) ([0-3])|\+ (.*)|stop (.*))$' % self.nonce)
@@ -1937,7 +1952,8 @@ class Connection:
              done: Callable[[int, str, List[str]], None] = lambda code, said, values: None) -> None:
         self.number += 1
         length = sum(map(len, payload))
-        head = record(verb, self.number, words, paths, length)
+        marker = os.urandom(6).hex()
+        head = record(verb, self.number, words, paths, length, marker)
         if self.report.options.debugging:
             self.report.debug('record', shown(os.fsdecode(head)))
         now = time.monotonic()
@@ -1945,7 +1961,7 @@ class Connection:
             self.moved = now
         self.flight.append(Sent(self.number, len(head) + length, now, verb, done))
         self.bytes_in_flight += len(head) + length
-        pieces = [head, *payload, self.end] if length else [head]
+        pieces = [head, *payload, marker.encode() + b'\n'] if length else [head]
         if 0 < length < BLOCK and isinstance(payload[0], bytes):        # one write for a small record
             pieces = [b''.join(pieces)]
         self.out.extend(memoryview(each) if isinstance(each, bytes) else each for each in pieces)
@@ -2125,7 +2141,8 @@ class Connection:
                 mtime_ns = int(seconds) * 10**9 + int(fraction[:9].ljust(9, '0'))
                 entry = Entry(kind, permissions if kind != 'l' else 0o777, int(size) if kind == 'f' else 0,
                               mtime_ns, target[:-2])
-                yield path[2:], entry, device
+                if not path.endswith(('/', '/.', '/..')):       # nothing outside of the replica is believed
+                    yield path[2:], entry, device
             except ValueError:
                 continue
 
@@ -2147,9 +2164,9 @@ class Connection:
         found = {}
         for line in lines:
             value, _, path = line.partition('  ')
-            if value.startswith('\\'):          # GNU's way to show a name with a newline or backslash
+            if value.startswith('\\'):          # GNU's way to show a name with one of \n \r \\
                 value = value[1:]
-                path = re.sub(r'\\(.)', lambda m: '\n' if m[1] == 'n' else m[1], path)
+                path = re.sub(r'\\(.)', lambda m: {'n': '\n', 'r': '\r'}.get(m[1], m[1]), path)
             found[path[2:]] = value
         return tool, found
 
@@ -2768,9 +2785,11 @@ class Replica:
              payload: Sequence[bytes] = ()) -> None:
         when = time.monotonic()
         self.flying[id(steps)] = steps
-        for step in steps if verb not in ('bulk', 'meta') else ():      # they change a directory's time
-            for path in (step.path, step.detail):       # of a move: from where
-                self.settled.pop(parent(path), None)
+        if verb == 'move':
+            self.settled.clear()        # other directories may stand at those paths now
+        elif verb not in ('bulk', 'meta'):
+            for step in steps:          # they change a directory's time
+                self.settled.pop(parent(step.path), None)
         self.far.send(verb, words, paths, payload,
                       lambda code, said, _: self.answered(steps, when, code, said))
 
@@ -2885,24 +2904,26 @@ class Replica:
         path, entry, fd = step.path, step.entry, -1
         try:
             fd = os.open(self.source.full(path), OPEN_FLAGS)
-            size, mtime_ns = entry.size, entry.mtime_ns
+            seen = entry
             for attempt in range(4):
-                data = os.pread(fd, size + 1, 0)
+                data = os.pread(fd, seen.size + 1, 0)
                 status = os.fstat(fd)
                 if not stat.S_ISREG(status.st_mode) or status.st_size > BULK_BYTES:
                     self.source.hint(path, CONTENT)
                     return None
-                stands_still = size == status.st_size and mtime_ns == status.st_mtime_ns
-                if stands_still and len(data) == size:
+                # another file may have been renamed to this path since we looked
+                stands_still = ((seen.size, seen.mtime_ns, seen.inode)
+                                == (status.st_size, status.st_mtime_ns, (status.st_dev, status.st_ino)))
+                if stands_still and len(data) == seen.size:
                     break
-                size, mtime_ns = status.st_size, status.st_mtime_ns
+                seen = entry_of(status)
             else:       # it never stands still: this is as good as any, and it will be sent again
                 if stands_still:
                     raise OSError(errno.EIO, 'it does not hold as many bytes as it says')
-                data = data[:size]
+                data = data[:seen.size]
                 self.send_again(path)
             if attempt:
-                entry = entry_of(status)._replace(size=len(data))
+                entry = seen._replace(size=len(data))
                 self.source.tree.put(path, entry)
                 self.remote.put(path, entry)
                 step = step._replace(entry=entry)
@@ -2926,7 +2947,7 @@ class Replica:
     def unreadable(self, path: str, error: OSError) -> None:
         """RACE: what vanished or became something else after we looked has its own event; it is looked at
         once more."""
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ESPIPE, errno.ELOOP, errno.ENXIO):
+        if error.errno in (*GONE, errno.EISDIR, errno.ESPIPE, errno.ENXIO):
             self.source.hint(path, LOOK, 0 if error.errno != errno.ENXIO else 1)
         else:
             self.failed(path, 'cannot be read: %s' % error.strerror)
@@ -2953,7 +2974,7 @@ class Replica:
         """Sends a file into the staging. Once it is all there, and if it is still the same here, it takes its
         place, as a step that is planned like any other. Of a file that stands there already in another state
         only the blocks that differ are sent."""
-        path, entry = job.step.path, job.step.entry
+        path = job.step.path
 
         def part(where: str, start: int, length: int) -> None:
             job.unanswered += 1
@@ -2970,6 +2991,9 @@ class Replica:
             self.unreadable(path, error)
             return
         fd = file.fileno()
+        opened = entry_of(os.fstat(fd))         # another file may have been renamed to this path since we looked
+        entry = job.step.entry._replace(inode=opened.inode, ctime_ns=opened.ctime_ns)
+        job.step = job.step._replace(entry=entry)
         at = 0
         for at in self.patch(job, fd, part):
             yield at > 0
@@ -3428,7 +3452,7 @@ def split_command_line(parser: argparse.ArgumentParser, argv: Sequence[str]) -> 
     while rest and rest[0] != '--':
         if rest[0].startswith('-') and rest[0] != '-':
             count = 2 if rest[0] in takes_value else 1
-            options += rest[:count]
+            options.append('='.join(rest[:count]))      # so that a value may begin with a -
             del rest[:count]
         elif len(places) < 2:
             places.append(rest.pop(0))

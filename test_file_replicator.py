@@ -700,8 +700,8 @@ def test_a_record_is_header_paths_and_length():
     assert fr.wire('a b/c') == b'./a b/c'
     assert fr.wire('new\n\nline') == b'./new/\n/\nline'
     assert fr.wire(os.fsdecode(b'\xff')) == b'./\xff'
-    assert fr.record('meta', 7, ('-', '12'), [b'.', b'./a'], 0) == b'meta 7 2 - 12\n.\n./a\n0\n'
-    assert fr.record('beat', 8, (), [], 0).split() == [b'beat', b'8', b'0', b'0']
+    assert fr.record('meta', 7, ('-', '12'), [b'.', b'./a'], 0, 'm') == b'meta 7 2 - 12\n.\n./a\n0 m\n'
+    assert fr.record('beat', 8, (), [], 0, 'm').split() == [b'beat', b'8', b'0', b'0', b'm']
 
 
 @pytest.mark.parametrize('ns, fine, whole',
@@ -829,14 +829,76 @@ def test_no_byte_too_many_is_taken_from_a_stream_that_dribbles(shell, taker, tmp
     assert (out.split(), err) == ([b'70001', b'next', b'line'], b'')
 
 
-@pytest.mark.parametrize('stream, code', [(b'n.\nnext\n', 0), (b'left over\nmoren.\nnext\n', 1),
-                                          (b'left over\nn.\nnext\n', 1), (b'\0\xff/n.\nnext\n', 1)])
+@pytest.mark.parametrize('stream, code', [(b'm\nnext\n', 0), (b'left over\nmorem\nnext\n', 1),
+                                          (b'left over\nm\nnext\n', 1), (b'\0\xff/m\nnext\n', 1)])
 @pytest.mark.parametrize('shell', SHELLS)
 def test_what_is_left_of_a_record_is_passed_over(shell, stream, code, tmp_path):
     if shell == 'yash':
         stream = stream.replace(b'\0\xff', b'x')
-    text = fr.RECEIVER + 'nonce=n; settle; echo $?; IFS= read -r line; echo "$line"'
+    text = fr.RECEIVER + 'marker=m; settle; echo $?; IFS= read -r line; echo "$line"'
     assert run_sh(shell, text, stream, tmp_path) == b'%d\nnext\n' % code
+
+
+NONCE = '0123456789ab'
+
+
+def session(shell, replica, stream, more=''):
+    """What the receiver says to these records; with `more` of its functions."""
+    text = '%s\n%s\nmain - %s %s - "" -\n' % (fr.RECEIVER, more, NONCE, shlex.quote(str(replica)))
+    return run_sh(shell, text, stream, replica.parent).decode().partition(NONCE + ' listed\n')[2].splitlines()
+
+
+@pytest.mark.parametrize('shell', SHELLS)
+def test_bytes_cannot_end_their_own_record_though_their_writer_knows_the_nonce(shell, tmp_path):
+    replica = tmp_path / 'far'
+    write(str(replica / 'theirs'))
+    data = ('x\n%s.\n%s\nbeat 98 0 \n0\n' % (NONCE, NONCE)).encode()
+    stream = (fr.record('file', 1, ('022', '-', '1', '-'), [b'./f'], len(data), 'random') + data + b'random\n'
+              + fr.record('beat', 2, (), [], 0, 'another'))
+    full = 'take() { dd bs=1 count=1 2>/dev/null; return 1; }'          # as where the disk is full
+    assert session(shell, replica, stream, full) == [NONCE + ' 1 1', NONCE + ' 2 0']
+
+
+@pytest.mark.parametrize('shell', SHELLS)
+def test_nothing_is_made_through_what_somebody_made_at_our_names(shell, tmp_path):
+    replica, outside = tmp_path / 'far', tmp_path / 'outside'
+    outside.mkdir()
+    staging, temporary = ('.file_replicator.' + NONCE + end for end in ('', '-new'))
+    write(str(replica / staging / 's'), 'echo >%s/run\n' % outside)
+    os.symlink(str(outside), str(replica / staging / 'b'))
+    os.symlink(str(outside), str(replica / temporary))
+    members = [(b'b', fr.Entry('d', 0o700), b''), (b'b/1', fr.Entry('d', 0o700), b''),
+               (b'b/1/f', fr.Entry('f', 0o644, 1, 10**18), b'x')]
+    script = fr.script(members, False)
+    stream = (fr.record('probe', 1, (), [], 0, 'm') + fr.record('link', 2, ('1',), [b'none.', b'./link'], 0, 'm')
+              + fr.record('bulk', 3, ('script',), [b'.'], len(script), 'm') + script + b'm\n')
+    said = session(shell, replica, stream)
+    assert [line[-2:] for line in said if ' + ' not in line] == [' 0'] * 3, said
+    assert os.readlink(str(replica / 'link')) == 'none' and (replica / 'f').read_bytes() == b'x'
+    assert sorted(os.listdir(str(replica))) == ['f', 'link'] and not os.listdir(str(outside))
+
+
+@pytest.mark.parametrize('tool, text', [
+    # as toybox's, which knows -printf, but not all its letters
+    ('find', 'case $* in *%%y*) exit 1 ;; esac; exec %s "$@"'),
+    # as that of uutils, which reads too much if its output is a file
+    ('head', 'if [ -f /dev/stdout ]; then cat >/dev/null; fi; exec %s "$@"'),
+])
+def test_a_tool_that_knows_only_half_of_it_is_used_for_that_half_or_not_at_all(tool, text, tmp_path):
+    source = tmp_path / 'src'
+    write(str(source / 'd/f'), 'x' * 1000)
+    write(str(source / 'g'), 'y' * 1000)
+    (source / 'link').symlink_to('g')
+    os.utime(str(source / 'd/f'), (10**9, 10**9))
+    os.utime(str(source / 'g'), (10**9, 10**9))
+    words = shell_command(tmp_path, 'dash')
+    shims = tmp_path / 'shims-dash'
+    write(str(shims / tool), '#!/bin/sh\n' + text % need(tool), 0o755)
+    if tool == 'head':
+        write(str(shims / 'dd'), '#!/bin/sh\ncase $* in *fullblock*) exit 1 ;; esac; exec %s "$@"' % need('dd'), 0o755)
+    once('--no-replicate-on-change', source, tmp_path / 'far', *words)
+    assert not difference(str(source), str(tmp_path / 'far/src'))
+    assert once('--no-replicate-on-change', source, tmp_path / 'far', *words).stdout == 'in step\n'
 
 
 # ==== Far sides =============================================================================================
@@ -3619,6 +3681,32 @@ def test_nonsense_after_ready_is_said_and_a_sane_far_side_takes_over(tmp_path, s
             assert '77' not in says or 'answers what nobody asked' in running.err()
 
 
+@pytest.mark.parametrize('option', ['--mirror', '--clean-out-first'])
+def test_a_far_side_that_names_what_is_outside_of_the_replica_is_not_believed(tmp_path, option):
+    """It could have files sent that are beside the source, or removed that are beside the replica."""
+    source, far = tmp_path / 'src', tmp_path / 'far'
+    write(str(source / 'file'), 'data')
+    write(str(tmp_path / 'secret/key'), 'secret')
+    write(str(far / 'beside/file'), 'theirs')
+    lies = fault_python(tmp_path, 'lies', """
+text = b''
+while not text.endswith(b'"$R" "$R"\\n'):
+    text += os.read(0, 65536)
+for line in 'd 755 0 1.0 1 ./../secret//.', 'd 755 0 1.0 1 ./..//.', 'd 755 0 1.0 1 .//.':
+    text = text.replace(b'\\n  list_mounts\\n', b'\\n  echo "$nonce %s"\\n  list_mounts\\n' % line.encode())
+shell = subprocess.Popen(['dash'], stdin=subprocess.PIPE)
+while text:
+    shell.stdin.write(text)
+    shell.stdin.flush()
+    text = os.read(0, 65536)
+shell.stdin.close()
+shell.wait()
+""")
+    done = once(option, '--no-replicate-on-change', source, far, lies)
+    assert '..' not in done.stdout and not difference(str(source), str(far / 'src')), done.stdout
+    assert sorted(os.listdir(str(far))) == ['beside', 'src'] and (far / 'beside/file').exists()
+
+
 def test_a_far_side_that_closes_only_its_output_is_left_and_connected_again(tmp_path):
     source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
     write(source + '/file', 'data')
@@ -3711,7 +3799,8 @@ def test_no_file_of_the_replica_is_taken_for_a_tool(tmp_path, shell, path):
 
 FAULT_STARTS = {
     'SHELLOPTS': 'exec env SHELLOPTS=errexit:nounset:noglob:noclobber {shell}',
-    '-e': 'exec {shell} -e', '-u': 'exec {shell} -u', '-C': 'exec {shell} -C', '-euC': 'exec {shell} -euC', '-f': 'exec {shell} -f',
+    'xtrace': 'exec env SHELLOPTS=xtrace:verbose {shell} 2>/dev/null',
+    '-e': 'exec {shell} -e', '-x': 'exec {shell} -xv 2>/dev/null', '-u': 'exec {shell} -u', '-C': 'exec {shell} -C', '-euC': 'exec {shell} -euC', '-f': 'exec {shell} -f',
     'IFS': 'IFS=/01abcdefn; export IFS; exec {shell}', 'empty IFS': 'IFS=; export IFS; exec {shell}',
     'LANG': 'LANG=tr_TR.UTF-8 LC_ALL=ja_JP.SJIS LANGUAGE=de; export LANG LC_ALL LANGUAGE; exec {shell}',
     'no PATH': 'unset PATH; exec {shell}', 'strange PATH': 'PATH=/nonexistent::.; export PATH; exec {shell}',
@@ -5885,7 +5974,7 @@ def test_checksum_repairs_what_size_and_time_hide_and_sends_no_bytes_where_they_
 
 
 @pytest.mark.parametrize('far', [*OPTION_FARS, 'dash'])
-@pytest.mark.parametrize('name', ['\n', 'n\n', '\\', '\n./\n'])
+@pytest.mark.parametrize('name', ['\n', 'n\n', '\\', '\n./\n', '\r'])
 def test_checksum_knows_the_sum_of_a_file_however_its_name_ends(tmp_path, name, far):
     source, _ = option_source(tmp_path)
     write(str(source / name), mtime_ns=10**18)
