@@ -343,6 +343,7 @@ into() {
 # stream.
 do_hook() {
   scrap "$stage/hook"
+  umask 077
   store "$stage/hook" || return 1
   echo "$nonce + begun"
   (
@@ -816,11 +817,10 @@ class Git:
 
     def run(self, *words: str, given: bytes = b'') -> bytes:
         for _ in range(GIT_TRIES):      # a repository may be in the making
-            with self.start(*words, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE) as done:
-                out, said = done.communicate(given)
+            done = self.start(subprocess.run, *words, input=given, stderr=subprocess.PIPE)
+            said = done.stderr
             if done.returncode in (0, 1):       # 1 is how check-ignore says none; below 0 it was killed
-                return out
+                return done.stdout
             if not os.path.isdir(self.top):
                 return b''              # it went meanwhile
             if b'not a git repository' in said and 'GIT_DIR' not in self.environment:
@@ -830,9 +830,9 @@ class Git:
         raise Stop('git cannot say what to leave out of %s: %s; mend that, or use --no-gitignore'
                    % (shown(self.top), shown(os.fsdecode(said).strip().replace('\n', ' '))))
 
-    def start(self, *words: str, **how: Any) -> subprocess.Popen:
+    def start(self, how: Callable, *words: str, **more: Any) -> Any:
         try:
-            return subprocess.Popen(['git', '-C', self.top, *words], env=self.environment, **how)
+            return how(['git', '-C', self.top, *words], env=self.environment, stdout=subprocess.PIPE, **more)
         except OSError as error:
             raise Stop('cannot run git, which says what to leave out: %s; install it, or use --no-gitignore'
                        % error.strerror)
@@ -867,7 +867,9 @@ class Git:
             fields = self.answer(path)
             if len(fields) > 4:         # source, line, pattern, path, each with a NUL behind
                 return bool(fields[2]) and not fields[2].startswith(b'!')
-            if self.close() >= 0:       # below, somebody killed it
+            ended = self.asking.wait()
+            self.close()
+            if ended >= 0:              # below, somebody killed it
                 return False
         raise Stop('git, which says what to leave out of %s, is killed each time; use --no-gitignore'
                    % shown(self.top))
@@ -876,8 +878,8 @@ class Git:
         """What check-ignore says of a path, field by field; fewer than there should be where it ended."""
         if self.asking is None:
             self.asking = self.start(
-                'check-ignore', '-z', '--stdin', '--verbose', '--non-matching', stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
+                subprocess.Popen, 'check-ignore', '-z', '--stdin', '--verbose', '--non-matching',
+                stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
         with contextlib.suppress(BrokenPipeError):
             self.asking.stdin.write(b'./' + os.fsencode(path) + b'\0')
         answer, more = b'', b'?'
@@ -886,14 +888,13 @@ class Git:
             answer += more
         return answer.split(b'\0')
 
-    def close(self) -> int:
-        """Ends what answers; its exit status, below 0 if it was killed."""
+    def close(self) -> None:
+        """Ends what answers. It may be waiting for what never comes: a .gitignore can be a FIFO."""
         asking, self.asking = self.asking, None
-        if asking is None:
-            return 0
-        with contextlib.suppress(BrokenPipeError), asking:      # closes its pipes, and waits for it
-            pass
-        return asking.wait()
+        if asking is not None:
+            asking.kill()
+            with contextlib.suppress(BrokenPipeError), asking:      # closes its pipes, and waits for it
+                pass
 
 
 class LeftOut:
@@ -1575,28 +1576,29 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
     `made_ns` says when what stands here was made, 0 if that is not known; asked only where it decides."""
     steps: List[Step] = []
     opened: Set[str] = set()            # directories in which something changes, or that were opened for it
-    passed: Set[str] = set()            # directories that may be entered and written
+    passed: Set[Tuple[str, int]] = set()        # directories whose owner may do this with them
     disturbed: Set[str] = set()         # others whose mode or time has to be compared at the end
 
     def take(verb: str, path: str, entry: Optional[Entry], detail: str = '') -> None:
-        for each in (path, detail) if verb == 'move' else (path,) if verb != 'meta' else ():
-            opened.add(parent(each))
-            open_up(parent(each))
+        for each in (path, detail) if verb == 'move' else (path,):
+            if verb != 'meta':
+                opened.add(parent(each))
+            open_up(parent(each), 0o100 if verb == 'meta' else 0o700)
         step = Step(verb, path, entry, detail, remote.get(path))
         steps.append(step)
         apply(remote, step)
 
-    def open_up(path: str) -> None:
-        """Has a directory, and what is above it, ready for a change in it. They get their mode and time back
-        at the end."""
+    def open_up(path: str, bits: int) -> None:
+        """Has a directory, and what is above it, ready for a change in it, of which its owner needs these
+        bits. They get their mode and time back at the end."""
         above = []
-        while path not in passed:
-            passed.add(path)
+        while (path, bits) not in passed:
+            passed.add((path, bits))
             above.append(path)
             path = parent(path)
         for path in reversed(above):
             there = remote.get(path)
-            if there is not None and there.kind == 'd' and there.mode & 0o700 != 0o700:
+            if there is not None and there.kind == 'd' and there.mode & bits != bits:
                 opened.add(path)
                 take('meta', path, there._replace(mode=there.mode | 0o700, mtime_ns=None), 'm')
 
@@ -1637,9 +1639,9 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
         was = remote.get(old) if old else None
         # The number of what is gone may by now be that of another thing, which was made after that was last
         # seen, and at its place another stand.
-        if (old and was is not None and was.kind == here.kind and was.inode == here.inode and there is not here
+        if (old and was is not None and was.kind == here.kind and was.inode == here.inode
                 and not (path + '/').startswith(old + '/')
-                and (there is None or there.kind in 'fl' and here.kind != 'd')
+                and (there is None or there.kind in 'fl' and here.kind != 'd' and there.inode != here.inode)
                 and (here.kind == 'd' or was.size == here.size and was.mtime_ns == here.mtime_ns
                      and was.target == here.target and CONTENT not in (hints.get(old), hints.get(path)))
                 and made_ns(path) <= was.ctime_ns):
@@ -1680,7 +1682,7 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
         there = remote.get(path)
         if there is not None and (delete or is_staging(path)):
             take('remove', path, None)
-    for path in files:
+    for path in dict.fromkeys(files):           # some may have come twice
         there, here = remote.get(path), local.get(path)
         if here is None:
             continue
@@ -1696,6 +1698,10 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
             take({'f': 'file', 'l': 'link'}[here.kind], path, here)
         else:
             set_meta(take, remote, path, there, here)
+    for path in disturbed:
+        there, here = remote.get(path), local.get(path)
+        if there is not None and here is not None and there[:4] != here[:4]:
+            open_up(parent(path), 0o100)
     for path in sorted(disturbed | opened, reverse=True):
         there, here = remote.get(path), local.get(path)
         if there is not None and here is not None and there.kind == here.kind == 'd':
@@ -2797,18 +2803,22 @@ class Replica:
         return seconds_of(entry.mtime_ns or 0, self.can[1] == 'fine')
 
     def send_metas(self, steps: List[Step]) -> None:
-        """Times many at once where they are the same; modes one by one and after them, the deepest first,
-        since a directory that may not be entered any more must be the last of its own."""
+        """Times many at once where they are the same; modes one by one: before them where they let the owner
+        in, after them where they may not, the deepest first."""
+        modes = [step for step in steps if 'm' in step.detail]
+        self.send_modes(step for step in modes if step.entry.mode & 0o700 == 0o700)
         times: Dict[str, List[Step]] = {}
         for step in steps:
             if 'm' not in step.detail and self.settled.get(step.path) != step.entry:
                 times.setdefault(self.time_of(step.entry), []).append(step)
         for when, group in times.items():
             self.post_lists('meta', ('-', when), group)
+        self.send_modes(step for step in modes if step.entry.mode & 0o700 != 0o700)
+
+    def send_modes(self, steps: Iterable[Step]) -> None:
         for step in steps:
-            if 'm' in step.detail:
-                when = self.time_of(step.entry) if 't' in step.detail else '-'
-                self.post('meta', ('%05o' % step.entry.mode, when), [wire(step.path)], [step])
+            when = self.time_of(step.entry) if 't' in step.detail else '-'
+            self.post('meta', ('%05o' % step.entry.mode, when), [wire(step.path)], [step])
 
     def send_entries(self, steps: Iterable[Step]) -> None:
         """New directories, files and links: together, or where they failed before, or cannot, one by one."""
@@ -2894,9 +2904,9 @@ class Replica:
         else:
             kind, payload = 'tar', archive(members)
         self.post('bulk', (kind,), [wire(path) for path in numbers], [step for step, _ in batch], [payload])
-        if self.can[0] == 'tar':        # busybox's, which sets the times of files only
-            links = [step for step, _ in batch if step.verb == 'link']
-            self.send_metas([step._replace(verb='meta', detail='t', before=step.entry) for step in links])
+        if self.can[0] == 'tar':        # busybox's: no times but of files, and setuid and setgid only if root
+            self.send_metas([step._replace(verb='meta', detail='tm'[step.verb != 'link'], before=step.entry)
+                             for step, _ in batch if step.verb == 'link' or step.entry.mode & 0o6000])
 
     def read(self, step: Step) -> Optional[Tuple[Step, bytes]]:
         """The bytes of a small file, as they were at one moment, and the step with the size and time of that
@@ -2991,7 +3001,7 @@ class Replica:
             self.unreadable(path, error)
             return
         fd = file.fileno()
-        opened = entry_of(os.fstat(fd))         # another file may have been renamed to this path since we looked
+        opened = entry_of(os.fstat(fd))         # of another file, if one was renamed to this path meanwhile
         entry = job.step.entry._replace(inode=opened.inode, ctime_ns=opened.ctime_ns)
         job.step = job.step._replace(entry=entry)
         at = 0

@@ -605,6 +605,17 @@ def test_a_rename_is_planned_as_a_rename(old, new, everything):
     assert_same_trees(before, local)
 
 
+def test_what_is_made_where_something_was_renamed_away_is_sent_once():
+    """Twice, and taken back twice because it could not be read, it would be taken to stand there."""
+    local, remote = small_tree(), small_tree()
+    local.move('d', 'e')
+    local.put('d', fr.Entry('d', 0o755, 0, 1, '', (1, 90), 1))
+    local.put('d/f', fr.Entry('f', 0o644, 3, 1, '', (1, 91), 1))
+    hints = dict.fromkeys(['d', 'e', 'd/f', *small_tree().below('d')], fr.CONTENT)
+    steps = fr.plan(remote, local, hints)
+    assert [step.path for step in steps if step.verb == 'file'].count('d/f') == 1, steps
+
+
 @pytest.mark.parametrize('again, inode', [('d', 60), ('f', 61)])
 @pytest.mark.parametrize('moved', ['d/s', 'd/f'])
 def test_where_something_was_renamed_away_from_inside_what_was_renamed_another_can_stand(moved, again, inode):
@@ -886,11 +897,7 @@ def test_nothing_is_made_through_what_somebody_made_at_our_names(shell, tmp_path
 ])
 def test_a_tool_that_knows_only_half_of_it_is_used_for_that_half_or_not_at_all(tool, text, tmp_path):
     source = tmp_path / 'src'
-    write(str(source / 'd/f'), 'x' * 1000)
-    write(str(source / 'g'), 'y' * 1000)
-    (source / 'link').symlink_to('g')
-    os.utime(str(source / 'd/f'), (10**9, 10**9))
-    os.utime(str(source / 'g'), (10**9, 10**9))
+    write(str(source / 'd/f'), 'x' * 1000, mtime_ns=10**18)
     words = shell_command(tmp_path, 'dash')
     shims = tmp_path / 'shims-dash'
     write(str(shims / tool), '#!/bin/sh\n' + text % need(tool), 0o755)
@@ -1433,6 +1440,33 @@ def test_names_that_are_gone_are_not_kept(tmp_path):
 def look_again(source):
     source.listen()
     return source.look()
+
+
+def test_bytes_are_never_taken_for_those_of_another_file_that_stood_there_when_we_looked(tmp_path):
+    """Else they would go where that one went, and it has the same size and time."""
+    top = str(tmp_path / 'source')
+    write(top + '/f', 'one', mtime_ns=10**18)
+    write(top + '/g', 'two', mtime_ns=10**18)
+    source = looked_at(top)
+    replica = fr.Replica(source.report.options, source, source.report)
+    step = fr.Step('file', 'f', source.tree.get('f'))
+    os.rename(top + '/f', top + '/e')
+    os.rename(top + '/g', top + '/f')
+    step, data = replica.read(step)
+    assert data == b'two' and step.entry.inode[1] == os.stat(top + '/f').st_ino
+    source.watch.give_up('the end')
+
+
+def test_what_was_in_a_directory_that_is_now_a_link_to_itself_is_gone_and_no_problem(tmp_path):
+    top = str(tmp_path / 'source')
+    write(top + '/d/e/f')
+    source = looked_at(top)
+    shutil.rmtree(top + '/d')
+    os.symlink('d', top + '/d')
+    assert not source.see('d/e', functools.partial(os.stat, top + '/d/e'))
+    source.scan('d')
+    assert not source.report.problems and source.tree.get('d/e') is None
+    source.watch.give_up('the end')
 
 
 def test_what_was_written_through_another_name_that_went_before_we_looked_is_seen(tmp_path):
@@ -3692,7 +3726,7 @@ def test_a_far_side_that_names_what_is_outside_of_the_replica_is_not_believed(tm
 text = b''
 while not text.endswith(b'"$R" "$R"\\n'):
     text += os.read(0, 65536)
-for line in 'd 755 0 1.0 1 ./../secret//.', 'd 755 0 1.0 1 ./..//.', 'd 755 0 1.0 1 .//.':
+for line in 'd 755 0 1.0 1 .//.', 'd 755 0 1.0 1 ./..//.', 'd 755 0 1.0 1 ./../secret//.':
     text = text.replace(b'\\n  list_mounts\\n', b'\\n  echo "$nonce %s"\\n  list_mounts\\n' % line.encode())
 shell = subprocess.Popen(['dash'], stdin=subprocess.PIPE)
 while text:
@@ -3815,6 +3849,94 @@ FAULT_STARTS = {
     'no environment': 'exec env -i {shell}', 'closed standard error': 'exec {shell} 2>&-', 'a gone directory':
         'mkdir {prints}.d && cd {prints}.d && rmdir {prints}.d && exec {shell}',
 }
+
+
+def test_a_directory_made_anew_where_another_was_renamed_away_gets_its_time(tmp_path):
+    """First it was to travel in an archive, with its time, then again by itself."""
+    source, far = tmp_path / 'src', tmp_path / 'far'
+    write(str(source / 'a/x'))
+    os.makedirs(str(tmp_path / 'new/d'))
+    os.utime(str(tmp_path / 'new/d'), (10**9, 10**9))
+    with Running(tmp_path, source, far, 'bash') as running:
+        running.process.send_signal(signal.SIGSTOP)     # so that all is seen at once
+        os.rename(str(source / 'a'), str(source / 'z'))
+        os.rename(str(tmp_path / 'new'), str(source / 'a'))
+        os.mkdir(str(source / 'b'))
+        os.mkdir(str(source / 'c'))
+        running.process.send_signal(signal.SIGCONT)
+        until_equal(str(source), str(far / 'src'), running=running)
+
+
+@pytest.mark.parametrize('far', ['bash', 'busybox sh'])
+def test_where_two_names_over_there_are_one_file_each_can_be_removed(tmp_path, far):
+    """A rename of one to the other does nothing."""
+    source, there = option_source(tmp_path, 'f')
+    for top in (source, there):
+        write(str(top / 'f'), mtime_ns=10**18)
+        os.link(str(top / 'f'), str(top / 'g'))
+    with option_watching(tmp_path, far=far) as running:
+        os.remove(str(source / 'f'))
+        until_equal(str(source), str(there), running=running)
+
+
+def test_what_changes_in_a_directory_closed_to_its_owner_is_set_and_removed_there(fault_open):
+    source, far = fault_open + '/src', fault_open + '/far'
+    write(source + '/a/x/y', 'y')
+    write(source + '/a/z', 'z')
+    os.chmod(source + '/a', 0o000)
+    os.mkdir(far)
+    fault_give(far)
+    with Running(fault_open, source, far, *fault_other_user(fault_open)) as running:
+        for change in [lambda: os.chmod(source + '/a/x', 0o700), lambda: os.utime(source + '/a/x', (1, 1)),
+                       lambda: os.chmod(source + '/a/x/y', 0o400), lambda: os.chmod(source + '/a', 0o600),
+                       lambda: (os.chmod(source + '/a', 0o755), os.chmod(source + '/a/x', 0o750)),
+                       lambda: (os.chmod(source + '/a/x', 0o100), os.chmod(source + '/a', 0o000)),
+                       lambda: os.remove(source + '/a/z')]:
+            change()
+            until_equal(source, far + '/src', running=running)
+        assert 'changed over there' not in running.err()
+
+
+@pytest.mark.parametrize('far', ['bash', 'busybox only'])
+def test_setuid_and_setgid_arrive_though_the_far_user_is_not_root(fault_open, far):
+    source, there, words = fault_open + '/src', fault_open + '/far', fault_other_user(fault_open)
+    parent = there
+    if far == 'busybox only':           # whose tar leaves them out
+        root = busybox_root(fault_open + '/root')
+        os.chmod(root + '/dev/null', 0o666)
+        there, parent, words = root + '/far', '/far', [need('chroot'), '--userspec=65534:65534', root, '/bin/sh']
+    os.mkdir(there)
+    fault_give(there)
+    for mode in (0o4755, 0o2755, 0o6711, 0o1755, 0o755):
+        write(source + '/%o' % mode, 'x', mode)
+    once('--no-replicate-on-change', source, parent, *words)
+    assert not difference(source, there + '/src', whole_seconds=far != 'bash')
+
+
+def test_what_a_remote_hook_reads_can_be_read_whatever_was_sent_before(fault_open):
+    source, far = fault_open + '/src', fault_open + '/far'
+    os.mkdir(far)
+    fault_give(far)
+    write(source + '/f', 'x', 0o000)
+    done = once('--no-replicate-on-change', '--remote-hook', 'tr "\\0" "!"', source, far, *fault_other_user(fault_open))
+    assert 'remote hook: f!' in done.stderr, done.stderr
+
+
+def test_a_git_that_waits_for_ever_is_ended_with_us(tmp_path):
+    """A FIFO in the place of a .gitignore has it wait."""
+    source, there = option_source(tmp_path, 'f')
+    os.mkfifo(str(source / '.gitignore'))
+    with option_watching(tmp_path, wait=False) as running:
+        until(lambda: subprocess.run(['pgrep', '-f', 'git -C %s' % source], stdout=subprocess.DEVNULL).returncode == 0)
+        running.process.terminate()
+        assert running.process.wait(5) == 0
+        assert subprocess.run(['pgrep', '-f', 'git -C %s' % source], stdout=subprocess.DEVNULL).returncode == 1
+
+
+def test_the_value_of_an_option_may_begin_with_a_minus(tmp_path):
+    source, there = option_source(tmp_path, '-x', 'f')
+    option_once(tmp_path, '--exclude', '-x')
+    assert option_paths(there) == ['f']
 
 
 @fault_in_each_shell
