@@ -61,9 +61,9 @@ __version__ = '1.0'
 #
 # What each verb does, and with which words, stands above its function, do_VERB. The answer is a line
 # `NONCE NUMBER CODE`: 0 done, 1 failed, 2 not as it was listed, 3 done but for mode or time. Lines before it
-# that do not begin with the nonce say why; `NONCE + ...` are values. The nonce is new with each session, so no
-# name and no file's bytes can be taken for an answer; the marker with each record, since by then others over
-# there may have read the nonce. First come `NONCE ready`, a listing (see list), and `NONCE listed`.
+# that do not begin with the nonce say why; `NONCE + ...` are values. The nonce is new with each session, so
+# no name and no file's bytes can be taken for an answer; the marker with each record, since by then others
+# over there may have read the nonce. First come `NONCE ready`, a listing (see list), and `NONCE listed`.
 
 RECEIVER = r'''# What file_replicator.py runs on the far side: functions only; one call of main is appended.
 # The rules it keeps: no byte of the stream is left over or taken too much, whatever fails; nothing outside
@@ -272,7 +272,7 @@ do_link() {
   stamp - "$w1" "$2" || return 3
 }
 
-# meta MODE TIME: sets them (- is neither), for paths that are there.
+# meta MODE TIME: sets them for paths that are there; where one is -, that stays.
 do_meta() {
   for p; do
     solid "$p" && stands "$p" || return 2
@@ -355,9 +355,6 @@ do_hook() {
   printf '\nit ended with status %s\n' $?         # behind a last line that may lack its newline
   return 1
 }
-
-# In place of a record for which no staging could be made.
-do_nothing() { skip; return 1; }
 
 # beat: nothing, to see whether the connection lives.
 do_beat() { :; }
@@ -565,9 +562,8 @@ main() {
     read -r length marker || leave
     at_home || give_up "the replica is gone"
     keep_stage
-    case $verb in part | base | bulk | hook) make_stage || verb=nothing ;; esac
     checked='' temp=''
-    "do_$verb" "$@"
+    if case $verb in part | base | bulk | hook) make_stage ;; esac; then "do_$verb" "$@"; else skip; false; fi
     code=$?
     keep_stage
     [ "$code" -lt 4 ] || code=1         # of a tool that was killed, or is not there
@@ -586,7 +582,7 @@ main() {
 BULK_BYTES = 1 << 20            # the largest file that travels whole
 BULK_PATHS = 1000               # in one record, at most
 RECORD_BYTES = 4 << 20          # of the backlog in one record, at most: large ones save processes over there
-LIST_PATHS = 128                # paths in one remove or meta record
+LIST_PATHS = 128                # paths in one remove or meta record, and in one command
 BLOCK = 1 << 16                 # parts of a large file begin at multiples of this
 SUMS_BYTES = 8 << 20            # of a large file whose sums are asked for in one record
 JOBS = 8                        # large files on their way at once
@@ -599,7 +595,7 @@ QUIET_SECONDS = 0.2             # without another write before a file that is st
 OPEN_SECONDS, NEW_SECONDS = 0.9, 5      # but no longer than this: known files, files never sent
 RETRY_SECONDS, RETRY_MOST_SECONDS = 1, 30
 UNSTABLE_MOST = 12              # readings of a file that changes, where nobody watches
-GIT_TRIES = 3                   # with a tenth of a second between
+GIT_TRIES = 3                   # of a git that fails or is killed
 TIME_UNITS = 100, 10**3, 10**6, 10**9   # nanoseconds: what some file systems and tools round times down to
 DRIFTS_MOST = 9                 # in a row: then what is not as it was listed is an error like any other
 POLL_SECONDS = 2                # between two looks at everything, where there is no inotify
@@ -626,7 +622,7 @@ class Lost(Exception):
 
 class Entry(NamedTuple):
     """What stands at a path."""
-    kind: str                   # 'f', 'd', 'l', or '?': something of ours may stand there, or not
+    kind: str                   # 'f', 'd', 'l', or '?': not known, something of ours or nothing
     mode: int = 0               # permission bits, 0 to 0o7777
     size: int = 0               # bytes; 0 for all but files
     mtime_ns: Optional[int] = None      # None: not known, so different from any
@@ -938,10 +934,8 @@ class LeftOut:
         """Whether a path is left out, as far as git was last asked."""
         if path in self.ignored or self.ask_git and (path == '.git' or path.endswith('/.git')):
             return True
-        for _, regex, only_directories in self.patterns:
-            if (is_directory or not only_directories) and regex.fullmatch(path):
-                return True
-        return False
+        return any(regex.fullmatch(path) for _, regex, only_directories in self.patterns
+                   if is_directory or not only_directories)
 
     def ask(self, paths: List[str], gone: bool = False) -> None:
         """Asks git about paths it was not asked about before. Of those that are gone here (they stand over
@@ -988,7 +982,7 @@ KINDS = {stat.S_IFREG: 'f', stat.S_IFDIR: 'd', stat.S_IFLNK: 'l'}  # all else is
 TICK_NS = 50 * 10**6            # by which the time of a file may lag behind the clock, at most
 # of git's own directory, and of those above the root; the last two come with a new repository
 RULES = '.gitignore', 'exclude', 'index', 'config', 'HEAD', 'info'
-GONE = errno.ENOENT, errno.ENOTDIR, errno.ELOOP         # the last two: what was above is no directory any more
+GONE = errno.ENOENT, errno.ENOTDIR, errno.ELOOP         # the last two: what was above is now no directory
 LOOKS = 10                      # in a row, while there are new events, before what was seen is sent
 
 
@@ -1033,8 +1027,7 @@ class Watch:
     """Listens to directories by inotify. Paths are relative to the root. Where there is no inotify, or not
     enough of it, `fd` is None and `why_not` says why: everything has to be looked at now and then."""
 
-    def __init__(self, root: str, wanted: bool):
-        self.root = root
+    def __init__(self, wanted: bool):
         self.why_not = ''
         self.inotify: Any = None
         self.paths: Dict[int, str] = {}         # watch descriptor: directory
@@ -1046,10 +1039,12 @@ class Watch:
             self.flags = flags = inotify_simple.flags
             self.mask = (flags.CLOSE_WRITE | flags.CREATE | flags.DELETE | flags.MOVED_FROM | flags.MOVED_TO
                          | flags.ATTRIB | flags.MODIFY | flags.DELETE_SELF | flags.MOVE_SELF
-                         | flags.ONLYDIR | flags.DONT_FOLLOW | flags.EXCL_UNLINK)
+                         | flags.ONLYDIR | flags.EXCL_UNLINK)
             self.inotify = inotify_simple.INotify()
         except ImportError:
             self.why_not = 'inotify_simple is not installed; pip install inotify_simple, to react at once'
+        except AttributeError:          # it was installed on macOS
+            self.why_not = 'this system has no inotify'
         except OSError as error:
             self.why_not = ('inotify cannot be used: %s; fs.inotify.max_user_instances may be too small'
                             % error.strerror)
@@ -1058,15 +1053,14 @@ class Watch:
     def fd(self) -> Optional[int]:
         return self.inotify.fileno() if self.inotify else None
 
-    def follow(self, path: str, full: str = '') -> None:
+    def follow(self, path: str, full: str) -> None:
         """Watches a directory; called before it is listed, each time. A directory that moved keeps its
         descriptor."""
         if not self.inotify:
             return
-        full = full or (self.root + '/' + path if path else self.root)
         try:
-            follow = 0 if path else self.flags.DONT_FOLLOW      # the root may be a link
-            descriptor = self.inotify.add_watch(full, self.mask & ~follow)
+            no_follow = self.flags.DONT_FOLLOW if path else 0           # the root may be a link
+            descriptor = self.inotify.add_watch(full, self.mask | no_follow)
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 self.give_up('there are more directories than inotify may watch (%d so far); raise '
@@ -1090,8 +1084,7 @@ class Watch:
 
     def give_up(self, why: str) -> None:
         self.why_not = why
-        if self.inotify:
-            self.inotify.close()
+        self.inotify.close()
         self.inotify = None
         self.paths.clear()
         self.descriptors.clear()
@@ -1135,8 +1128,8 @@ class Source:
         return made_ns(self.full(path))
 
     def hint(self, path: str, why: int, delay: float = 0, most: float = 0) -> None:
-        """Has a path looked at, in `delay` seconds, each call putting that off, but not past `most` after the
-        first."""
+        """Has a path looked at: at once, or in `delay` seconds. Each call starts the delay anew, but not past
+        `most` seconds after the first (0: no limit)."""
         if not delay:
             why = max(why, self.later.pop(path, (0, 0, 0))[2])
             self.hints[path] = max(why, self.hints.get(path, 0))
@@ -1288,18 +1281,18 @@ class Source:
         for path in sorted(hints):
             if path and not self.tree.is_directory(parent(path)):
                 continue                # what is above it is left out or gone
-            if self.see(path, functools.partial(os.stat, self.full(path)), hints[path]):
+            if self.see(path, hints[path]):
                 self.scan(path)
 
-    def see(self, path: str, status_of: Callable[..., os.stat_result], why: int = 0) -> bool:
-        """Takes note of what stands at a path, as `status_of` says (os.stat of it); with `why` because of a
-        hint, else in the listing of its directory, where it was asked already if it is left out. Returns
-        whether it is a directory to be listed. An error is said and leaves it as it was last seen. A file
-        looked at within a tick of its last change may change again and keep its time: git calls it racily
-        clean. Its size and time prove nothing, so when events were lost, or at a new connection, it is sent
-        again. Raises Stop at our own staging."""
-        try:
-            status = status_of(follow_symlinks=not path)
+    def see(self, path: str, why: int = 0, listed: Optional[os.DirEntry[str]] = None) -> bool:
+        """Takes note of what stands at a path; with `why` because of a hint, else because its directory is
+        being listed, where it was asked already if it is left out. Returns whether it is a directory to be
+        listed. An error is said and leaves it as it was last seen. A file looked at within a tick of its last
+        change may change again and keep its time: git calls it racily clean. Its size and time prove nothing,
+        so when events were lost, or at a new connection, it is sent again. Raises Stop at our own staging."""
+        try:                            # the root may be a link
+            status = (listed.stat(follow_symlinks=False) if listed else
+                      os.stat(self.full(path), follow_symlinks=not path))
             entry = entry_of(status)
             kind = entry.kind
             if kind == 'l':
@@ -1397,10 +1390,10 @@ class Source:
             full = self.full(directory)
             prefix = directory + '/' if directory else ''
             self.now_ns = time.time_ns()
-            self.watch.follow(directory)
+            self.watch.follow(directory, full)
             try:
                 if self.watch.fd is not None:   # what came into it before it was watched changed its time
-                    self.see(directory, functools.partial(os.stat, full))
+                    self.see(directory)
                 with os.scandir(full) as listed:
                     found = {prefix + item.name: item for item in listed}
             except OSError as error:
@@ -1429,7 +1422,7 @@ class Source:
             for path in [path for path in before if path not in found]:
                 self.lose(path)
             for path, item in found.items():
-                if self.see(path, item.stat):
+                if self.see(path, listed=item):
                     stack.append(path)
             tick += 1
             if tick % 64 == 0:
@@ -1507,7 +1500,7 @@ def apply(tree: Tree, step: Step) -> None:
         tree.move(detail, path)
         forget_time(tree, parent(detail))
     elif verb == 'dir':
-        stands = tree.get(path) is not None     # a directory perhaps, which keeps the mode it has
+        stands = tree.get(path) is not None     # a directory perhaps: chmod may leave it its setgid bit
         tree.put(path, entry._replace(mtime_ns=None, mode=-1 if stands else entry.mode))
     else:
         tree.put(path, entry)
@@ -1522,10 +1515,11 @@ def take_back(tree: Tree, step: Step) -> None:
 
 
 def recover(tree: Tree, answers: List[Tuple[List[Step], int]]) -> None:
-    """Brings a tree to which all these steps were applied to what became of them, from the first that failed
-    on: what was planned in the belief that it was taken may have failed for that, or have been taken where
-    something else stood. So all is taken back, and what was done is done again. What may be half done is
-    UNKNOWN; what was to be removed is taken to stand, in which state nobody knows."""
+    """Corrects a tree to which all these steps were applied as if each would be done. `answers` begins with
+    the first step that failed. Later steps were planned as if it had been done: they may have failed for that
+    reason, or met something else at their path. So all are taken back, and those that were done are applied
+    again. What may be half done becomes UNKNOWN; what was to be removed is taken to stand, in a state that
+    nobody knows."""
     for steps, _ in reversed(answers):
         for step in reversed(steps):
             take_back(tree, step)
@@ -1559,9 +1553,9 @@ def forget_time(tree: Tree, path: str) -> None:
 
 
 def is_another(there: Entry, here: Entry, made_ns: Callable[[], int] = lambda: 0) -> bool:
-    """Whether what stands here is known not to be what was sent from here, but something in its place. The
-    inode alone tells nothing: there are file systems that number a file anew, and those that give the number
-    of what is gone to what is made next. `made_ns` says when it was made, 0 if that is not known."""
+    """Whether what stands here is surely another thing than what was sent from here. The inode alone tells
+    nothing: some file systems give the same file a new number, and some give the number of what is gone to
+    what is made next. `made_ns` says when it was made, 0 if that is not known."""
     return (there.inode is not None and here.inode is not None and there.ctime_ns != here.ctime_ns
             and (there.inode != here.inode or made_ns() > there.ctime_ns))
 
@@ -1646,6 +1640,7 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
                      and was.target == here.target and CONTENT not in (hints.get(old), hints.get(path)))
                 and made_ns(path) <= was.ctime_ns):
             take('move', path, was, old)
+            there = was
             more = {*remote.below(path), *local.below(path)}
             for below in remote.below(path):
                 inode = remote.get(below).inode
@@ -1676,7 +1671,7 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
             disturbed.add(path)
         else:
             disturbed.add(path)
-            if there is not None and there.mode & ~here.mode & 0o77:    # whom it keeps out sees nothing come
+            if there is not None and keeps_out(there, here):     # whom it keeps out sees nothing come
                 take('meta', path, there._replace(mode=there.mode & (here.mode | 0o700)), 'm')
     for path in sorted(gone, reverse=True):
         there = remote.get(path)
@@ -1707,6 +1702,11 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
         if there is not None and here is not None and there.kind == here.kind == 'd':
             set_meta(take, remote, path, there, here)
     return steps
+
+
+def keeps_out(there: Entry, here: Entry) -> bool:
+    """Whether a directory is closed here to somebody for whom it is still open over there."""
+    return bool(there.mode & ~here.mode & 0o77)
 
 
 def set_meta(take: Callable, remote: Tree, path: str, there: Entry, here: Entry) -> None:
@@ -1912,9 +1912,9 @@ START = 'exec sh -c "$R" "$R"'
 class Connection:
     """A connection command, started, with the receiver sent to it. Raises Lost where it does not go on."""
 
-    def __init__(self, command: Sequence[str], program: Callable[[str], str], report: 'Report'):
+    def __init__(self, command: Sequence[str], nonce: str, program: str, report: 'Report'):
         self.report = report
-        self.nonce = os.urandom(6).hex()
+        self.nonce = nonce
         self.staging = '.file_replicator.' + self.nonce
         self.milestone = re.compile(('%s (?:(ready)(\r?)|listed|stop (.*))\n' % self.nonce).encode())
         # not where somebody says the name of the staging
@@ -1931,7 +1931,7 @@ class Connection:
         self.values: List[str] = []
         self.listing: List[str] = []
         # what the command wrote to its standard error
-        self.complaints: Deque[str] = collections.deque(maxlen=20)
+        self.complaints: Deque[str] = collections.deque(maxlen=3)
         self.can = ''                   # what the far side can do, once it made its staging
         self.at_rest = False            # nothing over there is half-way, or staged
         try:
@@ -1951,7 +1951,7 @@ class Connection:
         # commands from, and would swallow the first records. sh -c also leaves behind the options and aliases
         # of the outer shell.
         line = 'R=%s; PATH="${PATH:+$PATH:}/usr/bin:/bin"; export PATH; %s\n'
-        self.out.append(memoryview(os.fsencode(line % (shlex.quote(program(self.nonce)), START))))
+        self.out.append(memoryview(os.fsencode(line % (shlex.quote(program), START))))
 
     def send(self, verb: str, words: Sequence[str] = (), paths: Sequence[bytes] = (),
              payload: Sequence[Any] = (),
@@ -2177,7 +2177,7 @@ class Connection:
         return tool, found
 
     def what_was_said(self) -> str:
-        lines = [*self.said[-3:], *list(self.complaints)[-3:]]
+        lines = [*self.said[-3:], *self.complaints]
         return ': ' + '; '.join(lines) if lines else ''
 
     def diagnosis(self) -> str:
@@ -2215,8 +2215,8 @@ class Connection:
         self.process.stderr.close()
 
     def signal(self, number: int) -> bool:
-        """Sends a signal (0: none) to the connection command, and where it has a group of its own to all that
-        it started. Whether any of them is there."""
+        """Sends a signal (0: none) to the connection command; where that has a group of its own, to all it
+        started. Returns whether any of them is still there."""
         lives = self.process.poll() is None
         if has_terminal() and not lives:
             return False                # its number may be another's by now
@@ -2677,8 +2677,8 @@ class Replica:
     # ---- sending
 
     def take_in(self, changed: Dict[str, int]) -> None:
-        """Sends what is to be sent at these paths at once, if it is little; else what goes, moves, and makes
-        directories of what moved; the rest becomes the backlog, which later edits overtake."""
+        """Sends what differs at these paths. If it is little, at once; else only what is gone, what moved and
+        the first edits go at once. The rest becomes the backlog, which later edits overtake."""
         for path in self.excused & changed.keys():      # it was never known to be the same
             changed[path] = max(LOOK, changed[path])
         self.excused.difference_update(changed)
@@ -2697,9 +2697,11 @@ class Replica:
         size = sum(map(bulk_size, entries.values()))
         self.report.expect(entries.values())
         if (len(changed) > BULK_PATHS or size > BULK_BYTES * 4) and not self.options.dry_run:
-            first = {path: why for path, why in changed.items()     # what went, and what may have moved
-                     if entries[path] is None or entries[path].kind == 'd'
-                     and is_another(remote.get(path) or UNKNOWN, entries[path])}
+            # what went, what may have moved, and directories that are not for everybody any more
+            first = {path: why for path, why in changed.items()
+                     if entries[path] is None or entries[path].kind == 'd' and remote.get(path) is not None
+                     and (is_another(remote.get(path), entries[path])
+                          or keeps_out(remote.get(path), entries[path]))}
             movable = {remote.get(below).inode for path in first if remote.get(path) is not None
                        for below in (path, *remote.below(path))} - {None}
             for path, here in entries.items() if movable else ():
@@ -2784,8 +2786,7 @@ class Replica:
                 self.post(verb, words, [wire(each.path) for each in some], some)
                 some = []
             some.append(step)
-        if some:
-            self.post(verb, words, [wire(each.path) for each in some], some)
+        self.post(verb, words, [wire(each.path) for each in some], some)
 
     def post(self, verb: str, words: Sequence[str], paths: Sequence[bytes], steps: List[Step],
              payload: Sequence[bytes] = ()) -> None:
@@ -2803,22 +2804,26 @@ class Replica:
         return seconds_of(entry.mtime_ns or 0, self.can[1] == 'fine')
 
     def send_metas(self, steps: List[Step]) -> None:
-        """Times many at once where they are the same; modes one by one: before them where they let the owner
-        in, after them where they may not, the deepest first."""
-        modes = [step for step in steps if 'm' in step.detail]
-        self.send_modes(step for step in modes if step.entry.mode & 0o700 == 0o700)
+        """Those that let the owner into a directory go first, one by one: others may be for what is in it.
+        Then times, then the other modes, many at once where they are the same, in the order they were
+        planned: a directory that may not be entered any more is behind all that is in it."""
         times: Dict[str, List[Step]] = {}
+        modes: List[Step] = []
         for step in steps:
-            if 'm' not in step.detail and self.settled.get(step.path) != step.entry:
-                times.setdefault(self.time_of(step.entry), []).append(step)
+            if 'm' not in step.detail:
+                if self.settled.get(step.path) != step.entry:
+                    times.setdefault(self.time_of(step.entry), []).append(step)
+            elif step.entry.kind == 'd' and step.entry.mode & 0o700 == 0o700:
+                self.post('meta', self.meta_words(step), [wire(step.path)], [step])
+            else:
+                modes.append(step)
         for when, group in times.items():
             self.post_lists('meta', ('-', when), group)
-        self.send_modes(step for step in modes if step.entry.mode & 0o700 != 0o700)
+        for words, some in itertools.groupby(modes, self.meta_words):
+            self.post_lists('meta', words, some)
 
-    def send_modes(self, steps: Iterable[Step]) -> None:
-        for step in steps:
-            when = self.time_of(step.entry) if 't' in step.detail else '-'
-            self.post('meta', ('%05o' % step.entry.mode, when), [wire(step.path)], [step])
+    def meta_words(self, step: Step) -> Tuple[str, str]:
+        return '%05o' % step.entry.mode, self.time_of(step.entry) if 't' in step.detail else '-'
 
     def send_entries(self, steps: Iterable[Step]) -> None:
         """New directories, files and links: together, or where they failed before, or cannot, one by one."""
@@ -3151,7 +3156,7 @@ class Replica:
             self.tries.get(above) and not self.remote.is_directory(above) for above in ancestors(path))
 
     def still_there(self, path: str) -> None:
-        """Takes back the belief in a removal, and in those of the directories above it."""
+        """Notes that a path may still stand over there, and so the directories above it do."""
         for directory in ancestors(path):
             if not self.remote.is_directory(directory):
                 self.remote.put(directory, Entry('d', 0o700))
@@ -3159,8 +3164,8 @@ class Replica:
             self.remote.put(path, UNKNOWN)
 
     def failed(self, path: str, why: str, hint: int = CONTENT) -> None:
-        """Says why a path could not be replicated ('': that was said), once, and has it tried again while
-        there is somebody to see it."""
+        """Says once why a path could not be replicated ('': that was said already), and has it tried again if
+        we watch."""
         if why:
             self.report.problem(path, why, 'send')
         tries = self.tries[path] = self.tries.get(path, 0) + 1
@@ -3241,7 +3246,7 @@ def replicate(options: Options) -> int:
         if os.path.isfile(output) and not path.startswith('../'):
             left_out.patterns.append(('/' + path, re.compile(re.escape(path)), False))
             report.notice(path, 'is left out: it is our own output')
-    watch = Watch(options.source, options.watch and not options.poll)
+    watch = Watch(options.watch and not options.poll)
     source = Source(options.source, left_out, watch, report)
     replica = Replica(options, source, report)
     hooks = Hooks(options.hook, report)
@@ -3252,8 +3257,9 @@ def replicate(options: Options) -> int:
             try:
                 source.ask_git()
                 everything = options.clean_out and not replica.begun
-                text = program(options, replica.session, [] if everything else left_out.find_words())
-                with contextlib.closing(Connection(options.command, text, report)) as far:
+                nonce = os.urandom(6).hex()
+                text = program(options, nonce, replica.session, [] if everything else left_out.find_words())
+                with contextlib.closing(Connection(options.command, nonce, text, report)) as far:
                     source.meanwhile = lambda: (far.turn(0), source.listen())
                     replica.meet(far, retry.connected)
                     keep_in_step(options, source, replica, hooks, report)
@@ -3359,11 +3365,11 @@ class Retry:
 
 # ==== 11. Command line ======================================================================================
 
-def program(options: Options, before: str, find_words: Sequence[str]) -> Callable[[str], str]:
-    """What to send, given the nonce: the receiver as it stands, and one call of it."""
+def program(options: Options, nonce: str, before: str, find_words: Sequence[str]) -> str:
+    """What to send: the receiver as it stands, and one call of it."""
     may = 'g' * (options.mirror or options.clean_out) + 'c' * options.checksum + 'd' * options.dry_run
-    words = options.destination, may + '-', options.remote_hook, before, *find_words
-    return lambda nonce: '%s\nmain "$0" %s\n' % (RECEIVER, ' '.join(map(shlex.quote, (nonce, *words))))
+    words = nonce, options.destination, may + '-', options.remote_hook, before, *find_words
+    return '%s\nmain "$0" %s\n' % (RECEIVER, ' '.join(map(shlex.quote, words)))
 
 
 DESCRIPTION = '''\

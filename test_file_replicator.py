@@ -655,6 +655,15 @@ def test_a_hint_says_what_may_have_changed(change, hint, expected):
             for step in steps if step.path == 'd/f'] == expected
 
 
+def test_a_directory_that_was_renamed_and_closed_is_closed_before_something_comes_into_it():
+    local, remote = small_tree(), small_tree()
+    local.move('d', 'e')
+    local.put('e', local.get('e')._replace(mode=0o700))
+    local.put('e/new', fr.Entry('f', 0o644, 5, 10**18, '', (1, 60)))
+    steps = [(step.verb, step.path) for step in check_plan(remote, local)]
+    assert steps.index(('move', 'e')) < steps.index(('meta', 'e')) < steps.index(('file', 'e/new'))
+
+
 @pytest.mark.parametrize('directories, files', [(10000, 0), (1000, 20)])
 def test_ten_thousand_renames_are_planned_in_seconds(directories, files):
     remote, local, hints, numbers = fr.Tree(), fr.Tree(), {}, itertools.count(1)
@@ -1407,7 +1416,7 @@ def test_a_directory_is_watched_before_its_time_is_taken(shared_watch):
 def looked_at(top):
     """A Source that watches a directory, after its first look."""
     options = fr.parse(['--quiet', '--no-gitignore', top, '/nowhere', 'true'])
-    source = fr.Source(top, fr.LeftOut(top, (), False), fr.Watch(top, True), fr.Report(options))
+    source = fr.Source(top, fr.LeftOut(top, (), False), fr.Watch(True), fr.Report(options))
     source.hint('', fr.CONTENT)
     source.look()
     return source
@@ -1785,6 +1794,17 @@ def test_without_inotify_simple_it_polls_and_says_what_to_install(tmp_path):
     with Watched(tmp_path, env={'PYTHONPATH': str(tmp_path / 'stub')}) as watched:
         polls(watched)
         assert watched.run.err().count('pip install inotify_simple') == 1
+
+
+def test_where_the_system_has_no_inotify_it_polls_though_inotify_simple_is_installed(tmp_path):
+    """As on macOS, where it is found only in use that the C library has no such function."""
+    write(str(tmp_path / 'stub' / 'inotify_simple.py'),
+          'import enum\nflags = enum.IntFlag("flags", "CLOSE_WRITE CREATE DELETE MOVED_FROM MOVED_TO ATTRIB MODIFY '
+          'DELETE_SELF MOVE_SELF ONLYDIR DONT_FOLLOW EXCL_UNLINK")\n'
+          'def INotify():\n    import ctypes\n    return ctypes.CDLL(None).inotify_init1_is_not_here\n')
+    with Watched(tmp_path, env={'PYTHONPATH': str(tmp_path / 'stub')}) as watched:
+        polls(watched)
+        assert watched.run.err().count('this system has no inotify') == 1
 
 
 def test_git_ending_in_between_ends_nothing_else(tmp_path):
@@ -3014,14 +3034,14 @@ def test_what_is_half_way_there_is_nobody_elses_to_read(tmp_path, shell):
 
 
 @pytest.mark.parametrize('shell', ['bash', 'dash'])
-@pytest.mark.parametrize('staged', [b'part 2 0 - p\n6\nsecret0123456789ab.\n', b'base 2 1 p 1 6 0\n./plain\n0\n'],
+@pytest.mark.parametrize('staged', [b'part 2 0 - p\n6 m\nsecretm\n', b'base 2 1 p 1 6 0\n./plain\n0\n'],
                          ids=['part', 'base'])
 def test_what_was_staged_is_nobody_elses_to_read_even_if_its_mode_cannot_be_set(tmp_path, shell, staged):
     far = str(tmp_path / 'far')
     text = '%s\nmain - 0123456789ab %s - "" -' % (fr.RECEIVER, shlex.quote(far))
     connect = shell_command(tmp_path, shell)
     fault_command(tmp_path / ('shims-' + shell), 'chmod', '#!/bin/sh\nexit 1\n')
-    records = b'file 1 1 022 - 1 -\n./plain\n6\nsecret0123456789ab.\n' + staged + b'file 3 1 077 00600 1 p\n./secret\n0\n'
+    records = b'file 1 1 022 - 1 -\n./plain\n6 m\nsecretm\n' + staged + b'file 3 1 077 00600 1 p\n./secret\n0\n'
     subprocess.run([*connect, '-c', text], input=records, stdout=subprocess.DEVNULL, timeout=20)
     assert stat.S_IMODE(os.stat(far + '/plain').st_mode) == 0o644 and fault_holds(far, 'secret', b'secret')
     assert stat.S_IMODE(os.stat(far + '/secret').st_mode) == 0o600
@@ -5258,7 +5278,7 @@ def git_looked_at(top, watched=False, excludes=()):
     """(Source, what it has looked at), as the program does it."""
     options = fr.parse(['--quiet', top, '/nowhere', 'true'])
     report = fr.Report(options)
-    source = fr.Source(top, fr.LeftOut(top, excludes, True), fr.Watch(top, watched), report)
+    source = fr.Source(top, fr.LeftOut(top, excludes, True), fr.Watch(watched), report)
     source.hint('', fr.CONTENT)
     return source, git_seen(source)
 
@@ -5276,7 +5296,8 @@ def git_seen(source):
 
 def git_close(source):
     source.left_out.close()
-    source.watch.give_up('the end')
+    if source.watch.fd is not None:
+        source.watch.give_up('the end')
 
 
 def git_random(base, seed, kind):
@@ -7107,7 +7128,7 @@ def test_of_dev_only_null_is_needed_over_there():
 def test_a_find_that_is_killed_over_there_is_not_an_empty_replica(tmp_path, options, status):
     source, there = option_source(tmp_path, 'f')
     write(str(there / 'extra'))
-    write(str(tmp_path / 'path/find'), '#!/bin/sh\n[ -e %s/killed ] || case $* in *printf*%%y*) : >%s/killed; kill -9 $$ ;; esac\n'
+    write(str(tmp_path / 'path/find'), '#!/bin/sh\n[ -e %s/killed ] || case $* in *//%%l*) : >%s/killed; kill -9 $$ ;; esac\n'
           'exec %s "$@"\n' % (tmp_path, tmp_path, need('find')), 0o755)
     words = ['--mirror', *options, source, there.parent, 'env', 'PATH=%s:%s' % (tmp_path / 'path', os.environ['PATH']), 'bash']
     if status:
