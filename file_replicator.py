@@ -1569,14 +1569,13 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
     `local` is not known, so it stays too.
     `made_ns` says when what stands here was made, 0 if that is not known; asked only where it decides."""
     steps: List[Step] = []
-    opened: Set[str] = set()            # directories in which something changes, or that were opened for it
     passed: Set[Tuple[str, int]] = set()        # directories whose owner may do this with them
-    disturbed: Set[str] = set()         # others whose mode or time has to be compared at the end
+    disturbed: Set[str] = set()         # directories whose mode and time have to be compared at the end
 
     def take(verb: str, path: str, entry: Optional[Entry], detail: str = '') -> None:
         for each in (path, detail) if verb == 'move' else (path,):
             if verb != 'meta':
-                opened.add(parent(each))
+                disturbed.add(parent(each))
             open_up(parent(each), 0o100 if verb == 'meta' else 0o700)
         step = Step(verb, path, entry, detail, remote.get(path))
         steps.append(step)
@@ -1593,7 +1592,7 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
         for path in reversed(above):
             there = remote.get(path)
             if there is not None and there.kind == 'd' and there.mode & bits != bits:
-                opened.add(path)
+                disturbed.add(path)
                 take('meta', path, there._replace(mode=there.mode | 0o700, mtime_ns=None), 'm')
 
     paths = dict(hints)
@@ -1608,16 +1607,13 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
         there = remote.get(path)
         here = local.get(path) if there is not None else None
         if there is not None and (here is None or there.kind in 'd?' and here.kind != 'd'):
-            gone.update(below for below in remote.below(path))
+            gone.update(remote.below(path))
             if here is None:
                 gone.add(path)
         elif there is not None and is_another(there, here):
             replaced.add(path)
-    movable: Dict[Tuple[int, int], str] = {}
-    for path in gone | replaced if delete else ():
-        there = remote.get(path)
-        if there is not None and there.inode is not None:
-            movable[there.inode] = path
+    movable = {remote.get(path).inode: path for path in gone | replaced} if delete else {}
+    movable.pop(None, None)             # what has no inode that we know
 
     work = sorted(paths)                # a heap
     files: List[str] = []
@@ -1626,14 +1622,13 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
         if work[:1] == [path]:
             continue                    # twice
         there, here = remote.get(path), local.get(path)
-        if here is None or here.kind != 'd' and there is not None and there.kind == 'd':
-            files.append(path)
+        if here is None:
             continue
-        old = movable.get(here.inode) if here.inode else None
+        old = movable.get(here.inode)
         was = remote.get(old) if old else None
         # The number of what is gone may by now be that of another thing, which was made after that was last
         # seen, and at its place another stand.
-        if (old and was is not None and was.kind == here.kind and was.inode == here.inode
+        if (was is not None and was.kind == here.kind and was.inode == here.inode
                 and not (path + '/').startswith(old + '/')
                 and (there is None or there.kind in 'fl' and here.kind != 'd' and there.inode != here.inode)
                 and (here.kind == 'd' or was.size == here.size and was.mtime_ns == here.mtime_ns
@@ -1644,7 +1639,7 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
             more = {*remote.below(path), *local.below(path)}
             for below in remote.below(path):
                 inode = remote.get(below).inode
-                if inode in movable and movable[inode] == old + below[len(path):]:
+                if movable.get(inode) == old + below[len(path):]:
                     movable[inode] = below
             for below in more:
                 paths[below] = max(paths.get(below, 0), LOOK, hints.get(old + below[len(path):], 0))
@@ -1661,26 +1656,22 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
                 heapq.heappush(work, each)
             if here.kind == 'd':
                 replaced.add(path)
-                paths[path] = max(paths[path], META)
         if here.kind != 'd':
             files.append(path)
-        elif not remote.is_directory(path):
+            continue
+        disturbed.add(path)
+        if not remote.is_directory(path):
             if there is not None and there.kind != '?':
                 take('remove', path, None)
             take('dir', path, here._replace(mode=here.mode & 0o777 | 0o700))
-            disturbed.add(path)
-        else:
-            disturbed.add(path)
-            if there is not None and keeps_out(there, here):     # whom it keeps out sees nothing come
-                take('meta', path, there._replace(mode=there.mode & (here.mode | 0o700)), 'm')
+        elif there is not None and keeps_out(there, here):      # whom it keeps out sees nothing come
+            take('meta', path, there._replace(mode=there.mode & (here.mode | 0o700)), 'm')
     for path in sorted(gone, reverse=True):
         there = remote.get(path)
         if there is not None and (delete or is_staging(path)):
             take('remove', path, None)
     for path in dict.fromkeys(files):           # some may have come twice
         there, here = remote.get(path), local.get(path)
-        if here is None:
-            continue
         if there is not None and there.kind == 'd':
             take('remove', path, None)
             there = None
@@ -1693,11 +1684,11 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
             take({'f': 'file', 'l': 'link'}[here.kind], path, here)
         else:
             set_meta(take, remote, path, there, here)
-    for path in disturbed:
+    for path in list(disturbed):
         there, here = remote.get(path), local.get(path)
         if there is not None and here is not None and there[:4] != here[:4]:
             open_up(parent(path), 0o100)
-    for path in sorted(disturbed | opened, reverse=True):
+    for path in sorted(disturbed, reverse=True):
         there, here = remote.get(path), local.get(path)
         if there is not None and here is not None and there.kind == here.kind == 'd':
             set_meta(take, remote, path, there, here)
