@@ -105,7 +105,7 @@ get() {
       *) p=$p$line; return ;;
     esac
   done
-  give_up "cannot read a name"          # yash, where the bytes are no text of its locale
+  give_up "this shell cannot read a name that is no text of its locale; run another there"        # as yash
 }
 
 # Prints exactly $1 bytes of the stream. busybox's and toybox's head read too much, dd without fullblock stops
