@@ -1684,7 +1684,7 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
             take({'f': 'file', 'l': 'link'}[here.kind], path, here)
         else:
             set_meta(take, remote, path, there, here)
-    for path in list(disturbed):
+    for path in list(disturbed):        # what is above may have to be opened for it, and is one of them then
         there, here = remote.get(path), local.get(path)
         if there is not None and here is not None and there[:4] != here[:4]:
             open_up(parent(path), 0o100)
@@ -2805,7 +2805,7 @@ class Replica:
                 if self.settled.get(step.path) != step.entry:
                     times.setdefault(self.time_of(step.entry), []).append(step)
             elif step.entry.kind == 'd' and step.entry.mode & 0o700 == 0o700:
-                self.post('meta', self.meta_words(step), [wire(step.path)], [step])
+                self.post_lists('meta', self.meta_words(step), [step])
             else:
                 modes.append(step)
         for when, group in times.items():
@@ -2901,7 +2901,8 @@ class Replica:
             kind, payload = 'tar', archive(members)
         self.post('bulk', (kind,), [wire(path) for path in numbers], [step for step, _ in batch], [payload])
         if self.can[0] == 'tar':        # busybox's: no times but of files, and setuid and setgid only if root
-            self.send_metas([step._replace(verb='meta', detail='tm'[step.verb != 'link'], before=step.entry)
+            self.send_metas([step._replace(verb='meta', detail='t' if step.verb == 'link' else 'm',
+                                           before=step.entry)
                              for step, _ in batch if step.verb == 'link' or step.entry.mode & 0o6000])
 
     def read(self, step: Step) -> Optional[Tuple[Step, bytes]]:
