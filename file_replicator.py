@@ -3526,6 +3526,8 @@ def main(argv: Sequence[str]) -> int:
         return 1
     except Stopped:
         return 0
+    finally:
+        gc.freeze()                     # nor need the end look through all of them once more
 
 
 if __name__ == '__main__':
