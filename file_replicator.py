@@ -1916,6 +1916,7 @@ class Connection:
         # What may be on the way, and how much of the backlog goes in one record: see adapt.
         self.window, self.record_bytes = WINDOW_BYTES // 8, 2 * BLOCK
         self.answered = 0.0             # when the last answer came
+        self.is_full = False            # the pipe took no more: that it does again shows that somebody reads
         self.phase = 'starting'         # then listing, then live
         self.heard = bytearray()        # what was not yet understood
         self.said: List[str] = []       # lines of the far side's that are no answers
@@ -1994,10 +1995,12 @@ class Connection:
                 count = (os.write(self.stdin, first) if isinstance(first, memoryview)
                          else first.write_to(self.stdin))
             except BlockingIOError:
+                self.is_full = True
                 break
             except OSError:
                 raise Lost(self.diagnosis())
-            self.moved = time.monotonic()
+            if self.is_full:
+                self.is_full, self.moved = False, time.monotonic()
             if count == len(first):
                 self.out.popleft()
             else:

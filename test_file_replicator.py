@@ -3575,7 +3575,7 @@ FAULT_QUIET_NONSENSE = ["nonce + b' listed\\n' + nonce + b' 1 x\\n'", "nonce + b
 
 def test_silence_is_noticed_within_45_seconds_with_data_on_the_way_and_without(tmp_path):
     """All that has to be waited for, at once: two far sides that fall silent, and first connections that never answer."""
-    names = ['idle', 'busy', 'flooded']
+    names = ['idle', 'busy', 'flooded', 'edited']
     never = {'sleep': ['sleep', '1000'], 'swallow': ['sh', '-c', 'cat >/dev/null'],
              'sed': ['sed', 's/sh/hs/'], 'babble': ['sh', '-c', 'while :; do echo nonsense; sleep 1; done']}
     with contextlib.ExitStack() as stack:
@@ -3600,9 +3600,18 @@ def test_silence_is_noticed_within_45_seconds_with_data_on_the_way_and_without(t
                 os.kill(pid, signal.SIGSTOP)
         write(str(tmp_path / 'busy' / 'src' / 'file'), 'new')
         write(str(tmp_path / 'flooded' / 'src' / 'big'), FAULT_BIG)
+        edited = str(tmp_path / 'edited' / 'src' / 'file')
+
+        def edit():                     # every four seconds: what only goes into the pipe is no sign of life
+            text = 'at %d' % (time.monotonic() // 4)
+            with open(edited) as file:
+                before = file.read()
+            if before != text:
+                write(edited, text)
+
         end = time.monotonic() + FAULT_SILENT_SECONDS
         for name, running in runs.items():
-            until(lambda: 'connection lost: nothing moved' in running.err(), end - time.monotonic(), running.log)
+            until(lambda: edit() or 'connection lost: nothing moved' in running.err(), end - time.monotonic(), running.log)
         for name, running in firsts.items():
             assert running.process.wait(max(0.1, end - time.monotonic())) == 1
             assert 'no shell answered' in running.err() and 'Traceback' not in running.err()
