@@ -449,17 +449,17 @@ find_sum() {
   done
 }
 
-# Lists the replica: kind, mode, size, time, file system, path, two slashes, where a link leads. The arguments
-# are find's, for what is left out.
+# Lists the replica: kind, mode, size, time, file system, path, two slashes, where a link leads, a dot and the
+# nonce: what somebody prints behind that is none of it. The arguments are find's, for what is left out.
 list() {
   find_tool find || found="find"
   if "$found" . -maxdepth 0 -printf '%y %m %s %T@ %D %p%l' >/dev/null 2>&1; then     # toybox knows no %y
-    "$found" . "$@" -printf "$nonce %y %m %s %T@ %D %p//%l.\n" || was_killed $?
+    "$found" . "$@" -printf "$nonce %y %m %s %T@ %D %p//%l.$nonce\n" || was_killed $?
   else
-    find . "$@" ! -type l -exec stat -c "$nonce x%f - %s %Y %d %n//." {} + || was_killed $?
+    find . "$@" ! -type l -exec stat -c "$nonce x%f - %s %Y %d %n//.$nonce" {} + || was_killed $?
     # shellcheck disable=SC2016 # the inner shell expands it
     find . "$@" -type l -exec sh -c 'for l; do
-      printf "%s %s %s//%s\n" "$0" "$(stat -c "x%f - %s %Y %d" "$l")" "$l" "$(readlink -n "$l"; echo .)"
+      printf "%s %s %s//%s\n" "$0" "$(stat -c "x%f - %s %Y %d" "$l")" "$l" "$(readlink -n "$l"; echo ".$0")"
     done' "$nonce" {} + || was_killed $?
   fi 2>/dev/null
 }
@@ -595,6 +595,7 @@ QUIET_SECONDS = 0.2             # without another write before a file that is st
 OPEN_SECONDS, NEW_SECONDS = 0.9, 5      # but no longer than this: known files, files never sent
 RETRY_SECONDS, RETRY_MOST_SECONDS = 1, 30
 UNSTABLE_MOST = 12              # readings of a file that changes, where nobody watches
+LINE = 500                      # characters of one that the connection command said
 GIT_TRIES = 3                   # of a git that fails or is killed
 TIME_UNITS = 100, 10**3, 10**6, 10**9   # nanoseconds: what some file systems and tools round times down to
 DRIFTS_MOST = 9                 # in a row: then what is not as it was listed is an error like any other
@@ -2055,7 +2056,7 @@ class Connection:
         if data == b'':
             self.stderr = None          # at its end; the object keeps the file
         lines = lines_of(data or b'')
-        self.complaints.extend(lines)
+        self.complaints.extend(line[:LINE] for line in lines)
         for line in lines:
             self.report.debug('stderr', line)
 
@@ -2094,6 +2095,8 @@ class Connection:
     def hear_line(self, line: str) -> None:
         found = self.answer.search(line)
         other = line[:found.start()] if found else line     # before an answer: a line that did not end
+        if not self.flight:
+            del self.said[:-2]          # nobody asked for it; it may yet be why the connection ends
         if other and self.flight and self.flight[0].verb == 'hook':
             self.said.append(shown(other))
         elif other and not CHATTER.match(other):
@@ -2124,9 +2127,11 @@ class Connection:
     def entries(self) -> Iterator[Tuple[str, Entry, str]]:
         """What the far side listed: path, entry, number of the file system. What cannot be read is sent
         again."""
+        end = '.%s\n' % self.nonce
         for line in self.listing:
+            line, _, _ = line.rpartition(end)
             words = line.split(' ', 5)
-            if len(words) < 6 or not line.endswith('.\n'):
+            if len(words) < 6:
                 continue
             kind, mode, size, when, device, rest = words
             path, _, target = rest.partition('//')
@@ -2140,7 +2145,7 @@ class Connection:
                 # before 1970 too: the seconds are rounded down
                 mtime_ns = int(seconds) * 10**9 + int(fraction[:9].ljust(9, '0'))
                 entry = Entry(kind, permissions if kind != 'l' else 0o777, int(size) if kind == 'f' else 0,
-                              mtime_ns, target[:-2])
+                              mtime_ns, target)
                 if not path.endswith(('/', '/.', '/..')):       # nothing outside of the replica is believed
                     yield path[2:], entry, device
             except ValueError:
@@ -2491,6 +2496,7 @@ class Replica:
         self.confirmed: Dict[str, None] = {}        # paths, since the hook last ran
         self.unhooked: Dict[str, None] = {}         # and since the remote hook last began
         self.last_sent: Dict[str, float] = {}       # for --update-interval
+        self.since: Dict[str, int] = {}             # what changed between the first look and the first meeting
         self.drifts = 0                             # in a row, without coming into step
         self.begun = self.was_writable = self.is_staged = self.announced = False
 
@@ -2504,13 +2510,16 @@ class Replica:
         source.own_staging = far.staging
         if self.begun and source.watch.fd is None:
             source.hint_everything()    # nothing else tells what changed meanwhile
-        self.waiting.update(source.look())
+        is_first = source.identity is None
+        changed = source.look()
+        self.waiting.update(changed)
+        since = self.since
+        since.update(changed if not is_first else {})
         while far.phase != 'live':
             far.turn(None, source.watch.fd)
             source.listen()
         connected()
         self.session = far.nonce
-        since: Dict[str, int] = {}      # what changed since we began
         while True:
             for path, why in source.look().items():
                 self.waiting[path] = since[path] = max(why, self.waiting.get(path, 0))

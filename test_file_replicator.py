@@ -7307,6 +7307,48 @@ def test_without_initial_replication_what_changes_while_the_connection_is_made_i
         assert option_paths(there) == ['f', 'new']
 
 
+def test_without_initial_replication_what_changes_while_the_first_connection_is_waited_for_is_sent(tmp_path):
+    source, there = option_source(tmp_path, 'old', 'f')
+    there.mkdir()
+    with Running(tmp_path, '--wait', '--no-initial-replication', source, there.parent, 'sh', '-c', '[ -e %s/go ] || exit 255; exec bash'
+                 % tmp_path, wait=False) as running:
+        running.says('waiting for the far side')
+        write(str(source / 'f'), 'edited')
+        time.sleep(1)                   # some attempts
+        write(str(tmp_path / 'go'))
+        until(lambda: fault_holds(str(there), 'f', b'edited'), 15, running.log)
+        running.in_step()
+        assert option_paths(there) == ['f']
+
+
+@pytest.mark.parametrize('tools', ['the tools of GNU', 'find that prints nothing'])
+def test_what_somebody_prints_in_the_midst_of_the_listing_is_no_part_of_it(tmp_path, tools):
+    source, there = option_source(tmp_path, 'f')
+    write(str(there / 'gone'))
+    os.symlink('nowhere', str(there / 'link'))
+    far = "sed -u 's/-printf/-no&/' | bash" if tools.startswith('find') else 'bash'
+    far += r" | sed -u '/ \.\/\(gone\|link\)\//a Broadcast message from somebody:'"
+    done = once('--mirror', '--no-replicate-on-change', source, there.parent, 'sh', '-c', far)
+    assert option_paths(there) == ['f'], done.stdout
+
+
+def test_what_the_far_side_prints_unasked_does_not_pile_up(tmp_path):
+    source, there = option_source(tmp_path, 'f')
+    noise = "(until [ -e %s/now ]; do sleep 0.1; done; seq 100000 100999; >%s/done) & exec bash" % (tmp_path, tmp_path)
+    with Running(tmp_path, source, there.parent, 'bash', '-c', noise) as running:
+        write(str(tmp_path / 'now'))
+        until(lambda: option_has(tmp_path, 'done'), 10, running.log)
+        write(str(source / 'f'), 'edited')
+        running.says('the far side says')
+        assert max(map(len, running.log().splitlines())) < 300
+
+
+def test_of_endless_words_only_their_begin_is_said(tmp_path):
+    source, there = option_source(tmp_path, 'f')
+    done = once(source, there.parent, 'sh', '-c', 'seq -s " " 9999 >&2; exit 3', expect=1)
+    assert '1 2 3 4' in done.stderr and 'status 3' in done.stderr and len(done.stderr) < 3000
+
+
 def test_what_a_killed_session_left_of_its_own_goes_with_no_delete_too(tmp_path):
     source, there = option_source(tmp_path, 'f')
     for name in ('.file_replicator.0123456789ab-new', 'theirs'):
