@@ -2031,14 +2031,14 @@ class Connection:
 
     def check_silence(self) -> float:
         """Seconds until the next check. Sends a heartbeat when nothing moved for a while. Raises Lost when
-        something should have moved and did not. A remote hook, and the sums of all files, may take as long as
-        they like."""
+        something should have moved and did not. A remote hook that has begun, and the sums of all files, may
+        take an hour."""
         now = time.monotonic()
         if self.phase == 'starting':
             left = self.started + READY_SECONDS - now
             if left <= 0:
                 raise Lost('no shell answered within %d seconds%s' % (READY_SECONDS, self.what_was_said()))
-        elif (self.flight and self.flight[0].verb == 'hook'
+        elif (self.flight and self.flight[0].verb == 'hook' and 'begun' in self.values
               or self.phase == 'listing' and self.report.options.checksum):
             left = 3600.0
         elif self.flight or self.out or self.phase == 'listing':
@@ -2854,7 +2854,7 @@ class Replica:
             alone = (name != '-' or unknown or step.path in self.tries
                      or self.mounts and is_below(step.path, self.mounts)     # no rename leads there
                      or not 0 <= (step.entry.mtime_ns or 0) < 8 * 10**18)       # the times that tar knows
-            if alone or size >= most or len(batch) >= BULK_PATHS:
+            if alone or size + len(data) > most or len(batch) >= BULK_PATHS:
                 self.send_batch(batch)
                 batch, size = [], 0
             if alone:
@@ -3080,7 +3080,9 @@ class Replica:
                     job.fault = error
                     return
                 if hashlib.new(self.can[2][:-3], data).hexdigest() != there:
-                    part(str(at // BLOCK), at, block)
+                    most = self.far.record_bytes * 2
+                    for start in range(at, at + block, most):
+                        part(str(start // BLOCK), start, min(most, at + block - start))
                 at += block
                 yield at
 

@@ -3575,7 +3575,8 @@ FAULT_QUIET_NONSENSE = ["nonce + b' listed\\n' + nonce + b' 1 x\\n'", "nonce + b
 
 def test_silence_is_noticed_within_45_seconds_with_data_on_the_way_and_without(tmp_path):
     """All that has to be waited for, at once: two far sides that fall silent, and first connections that never answer."""
-    names = ['idle', 'busy', 'flooded', 'edited']
+    names = ['idle', 'busy', 'flooded', 'edited', 'hooked']
+    far = {'hooked': ['--remote-hook', 'true']}, {'hooked': ['-c', r'sed -u "/^hook [0-9]/,\$d" | sh']}       # it never begins
     never = {'sleep': ['sleep', '1000'], 'swallow': ['sh', '-c', 'cat >/dev/null'],
              'sed': ['sed', 's/sh/hs/'], 'babble': ['sh', '-c', 'while :; do echo nonsense; sleep 1; done']}
     with contextlib.ExitStack() as stack:
@@ -3590,7 +3591,8 @@ def test_silence_is_noticed_within_45_seconds_with_data_on_the_way_and_without(t
             write(str(tmp_path / name / 'src' / 'file'), 'old')
             os.makedirs(str(tmp_path / name / 'far'))
             runs[name] = stack.enter_context(Running(
-                tmp_path, '--no-gitignore', str(tmp_path / name / 'src'), str(tmp_path / name / 'far'), 'sh'))
+                tmp_path, '--no-gitignore', *far[0].get(name, []), str(tmp_path / name / 'src'), str(tmp_path / name / 'far'),
+                'sh', *far[1].get(name, [])))
         for name, words in never.items():
             write(str(tmp_path / name / 'src' / 'file'), 'old')
             firsts[name] = stack.enter_context(
@@ -7341,6 +7343,27 @@ def test_what_the_far_side_prints_unasked_does_not_pile_up(tmp_path):
         write(str(source / 'f'), 'edited')
         running.says('the far side says')
         assert max(map(len, running.log().splitlines())) < 300
+
+
+def test_no_record_is_so_large_that_a_slow_link_seems_dead(tmp_path):
+    """Nothing tells that a link is alive but answers: so until it is known how fast they come, no record is large."""
+    def largest():
+        done = once('--debugging', '--no-replicate-on-change', source, there.parent, 'bash')
+        return max(int(length) for length in re.findall(r' record .*\\n(\d+) [0-9a-f]+\\n$', done.stderr, re.M))
+
+    source, there = option_source(tmp_path, 'a', 'b', 'c')
+    for name, size in (('a', 250000), ('b', 11000), ('c', 261000)):
+        write(str(source / name), os.urandom(size))
+    assert largest() < 300000
+    for path in (source, there):
+        with open(str(path / 'large'), 'wb') as file:
+            file.truncate(80 << 20)
+        os.utime(str(path / 'large'), (1, 1))
+    with open(str(source / 'large'), 'r+b') as file:
+        file.seek(50 << 20)
+        file.write(b'changed')
+    assert 0 < largest() < 300000
+    until_equal(str(source), str(there))
 
 
 def test_of_endless_words_only_their_begin_is_said(tmp_path):
