@@ -151,7 +151,7 @@ store() {
 # can write in the replica already, and what we then write lands where the link leads.
 solid() {
   above=${1%/*}
-  [ "$above" != "$checked" ] || return 0
+  case $checked/ in "$above"/*) checked=$above; return 0 ;; esac
   walked=. rest=${above#./}/
   while [ -n "$rest" ]; do
     walked=$walked/${rest%%/*} rest=${rest#*/}
@@ -903,11 +903,14 @@ class LeftOut:
         self.ask_git = ask_git
         self.git: Dict[str, Git] = {}       # the top of each work tree below the root: what knows it
         self.ignored: Set[str] = set()
+        # what was ever found to be left out, or was there and not ours, or would be left out if it were
+        self.known = {pattern.strip('/') for pattern in patterns if '/' in pattern.rstrip('/')}
         self.has_git = any(os.access(os.path.join(d, 'git'), os.X_OK) for d in os.get_exec_path())
 
     def refresh(self) -> bool:
         """Asks git anew about everything. True if the answer is another than before. Raises Stop."""
         before, self.ignored = self.ignored, set()
+        self.known.update(before)
         tops = list(self.git) or ['']
         self.close()
         if self.ask_git and self.has_git:
@@ -958,6 +961,14 @@ class LeftOut:
         """Whether a path or anything above it is left out: for paths that stand only over there."""
         return any(self(directory, True) for directory in ancestors(path)) or self(path, is_directory)
 
+    def may_move(self, old: str, new: str) -> bool:
+        """Whether all in a directory that is left out would be at another place too, as far as is known. Else
+        it would be written over there, or removed."""
+        inside = [path for path in (*self.known, *self.ignored) if path.startswith(old + '/')]
+        moved = {path: new + path[len(old):] for path in inside}
+        self.ask([path for path in {*moved, *moved.values()} - self.ignored], gone=True)
+        return all(self.within(moved[path], True) or not self.within(path, True) for path in inside)
+
     def find_words(self) -> List[str]:
         """What the far side's find need not enter, as its words; only where they mean the same to find."""
         words: List[str] = []
@@ -966,8 +977,10 @@ class LeftOut:
             if not re.search(r'[][/?\\]|\*\*', name):
                 kind = ['-type', 'd'] if pattern.endswith('/') else []
                 words += ['!', '-name', '.', *kind, '-name', name, '-prune', '-o']
+            if sum(map(len, words)) > 50000:    # no argument may be longer than 128 kB, receiver and all
+                break
         for path in sorted(self.ignored, key=len)[:100]:
-            if len(path) >= 160:        # no argument may be longer than 128 kB, receiver and all
+            if len(path) >= 160:        # the same
                 break
             words += ['-path', './' + re.sub(r'([][*?\\])', r'\\\1', path), '-prune', '-o']
         return words
@@ -1000,8 +1013,12 @@ def statx() -> Tuple[Callable, Callable]:
     """statx (2), which Python does not know, or what always fails; and what makes room for its answer."""
     try:
         import ctypes
-        return ctypes.CDLL(None).statx, ctypes.create_string_buffer
-    except (ImportError, OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        if not hasattr(libc, 'statx'):  # as in musl before 1.2.5
+            number = {'x86_64': 332, 'aarch64': 291, 'riscv64': 291}[os.uname().machine]
+            return functools.partial(libc.syscall, number), ctypes.create_string_buffer
+        return libc.statx, ctypes.create_string_buffer
+    except (ImportError, OSError, AttributeError, KeyError):
         return lambda *words: -1, bytes
 
 
@@ -1186,7 +1203,10 @@ class Source:
                     or mask & flags.CREATE and self.complete_at_birth(path)):
                 why = CONTENT
             elif comes_or_goes and not mask & flags.CREATE:
-                why = LOOK
+                # What went may have left its number to another: where no file system says when that was made,
+                # size and time prove nothing.
+                went = mask & flags.DELETE or mask & flags.MOVED_TO and before is not None
+                why = CONTENT if went and not is_directory and not self.made_ns(directory) else LOOK
             elif mask & (flags.MODIFY | flags.CREATE) or path in self.later and not is_directory:
                 why = CONTENT if mask & (flags.MODIFY | flags.CREATE) else META
                 delay, most = QUIET_SECONDS, OPEN_SECONDS if before else NEW_SECONDS
@@ -1562,13 +1582,15 @@ def is_another(there: Entry, here: Entry, made_ns: Callable[[], int] = lambda: 0
 
 
 def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
-         unlisted: Collection[str] = (), made_ns: Callable[[str], int] = lambda path: 0) -> List[Step]:
+         unlisted: Collection[str] = (), made_ns: Callable[[str], int] = lambda path: 0,
+         may_move: Callable[[str, str], bool] = lambda old, new: True) -> List[Step]:
     """The steps that make `remote` equal to `local` at these paths, in the order they must be taken; `remote`
     is changed as they will change it. A hint of CONTENT has a file sent even if size and time are the same,
     META has only mode and time set where only they differ. Without `delete`, what is only in `remote` stays,
     but for what a session left of its own, and moves are copies. What is in the `unlisted` directories of
     `local` is not known, so it stays too.
-    `made_ns` says when what stands here was made, 0 if that is not known; asked only where it decides."""
+    `made_ns` says when what stands here was made, 0 if that is not known; `may_move`, whether over there
+    something may be renamed; they are asked only where it decides."""
     steps: List[Step] = []
     passed: Set[Tuple[str, int]] = set()        # directories whose owner may do this with them
     disturbed: Set[str] = set()         # directories whose mode and time have to be compared at the end
@@ -1607,6 +1629,8 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
             above = parent(above)
         there = remote.get(path)
         here = local.get(path) if there is not None else None
+        if here is None and is_below(path, unlisted):
+            continue
         if there is not None and (here is None or there.kind in 'd?' and here.kind != 'd'):
             gone.update(remote.below(path))
             if here is None:
@@ -1633,22 +1657,21 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
                 and not (path + '/').startswith(old + '/')
                 and (there is None or there.kind in 'fl' and here.kind != 'd' and there.inode != here.inode)
                 and (here.kind == 'd' or was.size == here.size and was.mtime_ns == here.mtime_ns
-                     and was.target == here.target and CONTENT not in (hints.get(old), hints.get(path)))
-                and made_ns(path) <= was.ctime_ns):
+                     and was.target == here.target and CONTENT not in (paths.get(old), paths.get(path)))
+                and made_ns(path) <= was.ctime_ns and may_move(old, path)):
+            if here.kind == 'd' and parent(old) != parent(path):
+                open_up(old, 0o700)     # its own .. is written
             take('move', path, was, old)
-            there = was
+            there = remote.get(path)
             more = {*remote.below(path), *local.below(path)}
             for below in remote.below(path):
                 inode = remote.get(below).inode
                 if movable.get(inode) == old + below[len(path):]:
                     movable[inode] = below
             for below in more:
-                paths[below] = max(paths.get(below, 0), LOOK, hints.get(old + below[len(path):], 0))
-                if local.get(below) is None:
-                    if is_below(below, unlisted):
-                        remote.put(below, None)
-                    else:
-                        gone.add(below)
+                paths[below] = max(paths.get(below, 0), LOOK, paths.get(old + below[len(path):], 0))
+                if local.get(below) is None and not is_below(below, unlisted):
+                    gone.add(below)
             if local.get(old) is not None:      # what belongs there may have been thought to stand
                 again = [old, *local.below(old)]
                 paths.update((each, LOOK) for each in again if each not in paths)
@@ -1666,7 +1689,7 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
                 take('remove', path, None)
             take('dir', path, here._replace(mode=here.mode & 0o777 | 0o700))
         elif there is not None and keeps_out(there, here):      # whom it keeps out sees nothing come
-            take('meta', path, there._replace(mode=there.mode & (here.mode | 0o700)), 'm')
+            take('meta', path, there._replace(mode=there.mode & here.mode | 0o700), 'm')
     for path in sorted(gone, reverse=True):
         there = remote.get(path)
         if there is not None and (delete or is_staging(path)):
@@ -2576,8 +2599,12 @@ class Replica:
             return True
         if self.options.mirror:
             self.source.left_out.ask([path], gone=True)
-        return (entry.kind != 'd' and is_staging(path)
-                or self.options.mirror and not self.source.left_out.within(path, entry.kind == 'd'))
+        if entry.kind != 'd' and is_staging(path):
+            return True
+        if self.options.mirror and not self.source.left_out.within(path, entry.kind == 'd'):
+            return True
+        self.source.left_out.known.add(path)
+        return False
 
     def compare(self, hints: Dict[str, int]) -> None:
         """Adds a hint for each path that differs. RACE: a file changed within the same tick as we looked may
@@ -2747,7 +2774,7 @@ class Replica:
                 # it is looked at again when the job is done
                 self.source.hint(path, hints.pop(path), QUIET_SECONDS)
         steps = plan(self.remote, self.source.tree, hints, not self.options.no_delete, self.source.unlisted,
-                     self.source.made_ns)
+                     self.source.made_ns, self.may_move)
         if self.tries:
             for path in (self.tries.keys() & hints.keys()) - {step.path for step in steps}:
                 here = self.source.tree.get(path)
@@ -2755,6 +2782,13 @@ class Replica:
                     del self.tries[path]
                     self.report.solved(path, 'send')
         self.carry_out(steps)
+
+    def may_move(self, old: str, new: str) -> bool:
+        """Whether something over there may be renamed. Not to another file system, where it would be copied
+        in place, nor with such in it; nor with what is not ours and would be at its new place."""
+        at, to = ([above for above in ancestors(path) if above in self.mounts] for path in (old, new))
+        return (at == to and not any((mount + '/').startswith(old + '/') for mount in self.mounts)
+                and (not self.remote.is_directory(old) or self.source.left_out.may_move(old, new)))
 
     def carry_out(self, steps: List[Step]) -> None:
         """Sends steps that were planned, which `remote` has taken already. In a dry run it only says them."""

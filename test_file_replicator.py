@@ -7409,3 +7409,169 @@ def test_what_was_unpacked_into_a_staging_that_was_taken_away_is_not_said_to_be_
         os.rename(str(tmp_path / 'new'), str(source / 'new'))
         until(lambda: 'connected again' in running.err() and running.out().count('in step') == 2, 10, running.log)
         assert len(option_lines(running.out(), 'sent')) == 6 and option_has(there, 'new/4')
+
+
+# ---- renames that take along what they must not, and modes on the way
+
+@contextlib.contextmanager
+def at_once(running):
+    """What is done within is seen by the program in one look. Waits until that is replicated."""
+    running.process.send_signal(signal.SIGSTOP)
+    before = running.out().count('in step')
+    yield
+    running.process.send_signal(signal.SIGCONT)
+    running.in_step(before + 1)
+
+
+@pytest.mark.parametrize('old, new', [(0o555, 0o700), (0o511, 0o710), (0o555, 0o500), (0o755, 0o700)])
+@pytest.mark.parametrize('user', ['root', 'another'])
+def test_a_directory_that_is_closed_and_opened_at_once_gets_its_mode_though_something_in_it_changed(fault_open, old, new, user):
+    source, far = fault_open + '/src', fault_open + '/far'
+    write(source + '/d/f', 'old')
+    os.chmod(source + '/d', old)
+    os.mkdir(far)
+    fault_give(far)
+    connect = fault_other_user(fault_open) if user == 'another' else ['bash']
+    with Running(fault_open, source, far, *connect) as running:
+        with at_once(running):
+            write(source + '/d/f', 'new')
+            os.chmod(source + '/d', new)
+        until_equal(source, far + '/src', 5, running=running)
+        assert not running.err()
+
+
+@pytest.mark.parametrize('option', ['--no-delete', '--mirror', ''])
+@pytest.mark.parametrize('rule', ['--exclude', '.gitignore', 'git mv'])
+@pytest.mark.parametrize('here', ['is here too', 'is only there'])
+def test_a_rename_above_what_is_left_out_leaves_that_where_it_is(tmp_path, option, rule, here):
+    source, there = option_source(tmp_path, 'app/code', 'other')
+    write(str(there / 'app/data/db'), 'precious')
+    if here == 'is here too':
+        write(str(source / 'app/data/db'), 'of here')
+    if rule != '--exclude':
+        write(str(source / '.gitignore'), '/app/data\n')
+    if rule == 'git mv':
+        for words in (['init', '-q'], ['add', '.']):
+            subprocess.run([need('git'), '-C', str(source), *words], check=True)
+    options = [word for word in (option, *(['--exclude', '/app/data'] if rule == '--exclude' else [])) if word]
+    with option_watching(tmp_path, *options) as running:
+        with at_once(running):
+            if rule == 'git mv':
+                subprocess.run([need('git'), '-C', str(source), 'mv', 'app', 'web'], check=True)
+            else:
+                os.rename(str(source / 'app'), str(source / 'web'))
+        until(lambda: option_has(there, 'web/code'), 10, running.log)
+    option_once(tmp_path, *options)
+    assert fault_holds(str(there), 'app/data/db', b'precious')
+    assert not (here == 'is only there' and option_has(there, 'web/data'))
+
+
+def test_a_rename_above_a_mount_leaves_that_where_it_is(fault_open):
+    source, far = fault_open + '/src', fault_open + '/far'
+    write(source + '/app/code')
+    with fault_tmpfs(far + '/src/app/data', 'size=1m'):
+        write(far + '/src/app/data/db', 'precious')
+        with Running(fault_open, source, far, 'bash') as running:
+            os.rename(source + '/app', source + '/web')
+            until(lambda: os.path.exists(far + '/src/web/code'), 10, running.log)
+            assert os.path.ismount(far + '/src/app/data') and os.listdir(far + '/src/app/data') == ['db']
+
+
+def test_a_rename_into_another_file_system_over_there_shows_no_part_of_a_file(fault_open):
+    source, far = fault_open + '/src', fault_open + '/far'
+    write(source + '/vol/file', b'old')
+    write(source + '/new', b'x' * (60 << 20))
+    with fault_tmpfs(far + '/src/vol', 'size=200m'), Running(fault_open, source, far, 'bash') as running:
+        os.rename(source + '/new', source + '/vol/file')
+        sizes = set()
+
+        def size():
+            with contextlib.suppress(FileNotFoundError):
+                sizes.add(os.stat(far + '/src/vol/file').st_size)
+            return 60 << 20 in sizes
+
+        end = time.monotonic() + 20
+        while not size() and time.monotonic() < end:
+            pass                        # as often as can be
+        until_equal(source, far + '/src', running=running)
+        assert sizes == {3, 60 << 20}
+
+
+def test_a_directory_that_may_not_be_written_is_moved_at_once_by_somebody_who_is_not_root(fault_open):
+    source, far = fault_open + '/src', fault_open + '/far'
+    for name in ('live', 'staging'):
+        write('%s/%s/of %s/f' % (source, name, name), name)
+        os.chmod('%s/%s/of %s' % (source, name, name), 0o555)
+    os.mkdir(far)
+    fault_give(far)
+    with Running(fault_open, source, far, *fault_other_user(fault_open)) as running:
+        sent = running.out().count('sent ')
+        with at_once(running):
+            shutil.rmtree(source + '/live')
+            os.rename(source + '/staging', source + '/live')
+        until_equal(source, far + '/src', 5, running=running)
+        assert running.out().count('sent ') == sent and not running.err()
+
+
+def test_an_unreadable_directory_that_was_renamed_goes_when_it_goes_here(tmp_path, fault_not_root):
+    source, there = option_source(tmp_path, 'a/b/f')
+    with option_watching(tmp_path) as running:
+        os.chmod(str(source / 'a/b'), 0o300)
+        running.says('cannot be listed')
+        os.rename(str(source / 'a'), str(source / 'z'))
+        running.says('renamed a -> z')
+        os.rename(str(source / 'z'), str(tmp_path / 'elsewhere'))
+        until(lambda: option_paths(there) == [], 10, running.log)
+        os.chmod(str(tmp_path / 'elsewhere/b'), 0o700)
+
+
+def test_an_edit_that_keeps_size_and_time_follows_each_of_several_renames(tmp_path):
+    source, there = option_source(tmp_path, 'e/b/x/c', 'g/old')
+    ctypes = pytest.importorskip('ctypes')
+    with option_watching(tmp_path) as running:
+        with at_once(running):
+            assert not ctypes.CDLL(None).renameat2(-100, bytes(source / 'e/b'), -100, bytes(source / 'g'), 2)       # they change places
+            os.rename(str(source / 'e'), str(source / 'e2'))
+            before = os.stat(str(source / 'g/x/c'))
+            write(str(source / 'g/x/c'), 'E/B/X/C', mtime_ns=before.st_mtime_ns)
+        until_equal(str(source), str(there), 5, running=running)
+
+
+def test_thousands_of_patterns_are_no_argument_too_long(tmp_path):
+    source, there = option_source(tmp_path, 'f', 'left/out', 'last')
+    patterns = itertools.chain.from_iterable(['--exclude', 'pattern%d' % number] for number in range(4000))
+    option_once(tmp_path, *patterns, '--exclude', 'out', '--exclude', 'last')
+    assert option_paths(there) == ['f', 'left']
+
+
+def test_where_nothing_says_when_a_file_was_made_one_that_takes_the_number_of_another_is_sent(fault_open, monkeypatch, tmp_path):
+    """musl before 1.2.5 has no statx; ext4 gives the number of what is gone to what is made next."""
+    fault_root()
+    source, far = fault_open + '/here/src', fault_open + '/far'
+    fault_other_number(monkeypatch, tmp_path, "here, no_follow, made = -100", "return 0\n    here, no_follow, made = -100")
+    with open(fault_open + '/image', 'wb') as image:
+        image.truncate(16 << 20)
+    subprocess.run([need('mkfs.ext4'), '-q', '-F', fault_open + '/image'], stderr=subprocess.DEVNULL, check=True)
+    os.makedirs(fault_open + '/here')
+    os.mkdir(far)
+    subprocess.run(['mount', '-o', 'loop', fault_open + '/image', fault_open + '/here'], check=True)
+    names = ['f%d' % number for number in range(8)]
+    for name in names:
+        write(source + '/' + name, 'old ' + name, mtime_ns=10**18)
+    with Running(fault_open, '--no-gitignore', source, far, 'bash') as running:
+        for number in range(3):
+            with at_once(running):
+                for name in names:
+                    os.unlink(source + '/' + name)
+                    write(source + '/new', '%3d %s' % (number, name), mtime_ns=10**18)
+                    os.rename(source + '/new', source + '/' + name)
+            until_equal(source, far + '/src', 5, running=running)
+
+
+def test_removing_a_deep_tree_does_not_take_the_square_of_its_depth_for_each_of_its_directories(tmp_path):
+    source, there = option_source(tmp_path, 'd/' * 600 + 'f')
+    with option_watching(tmp_path) as running:
+        start = time.monotonic()
+        subprocess.run(['rm', '-r', str(source / 'd')], check=True)
+        until(lambda: option_paths(there) == [], 20, running.log)
+        assert time.monotonic() - start < 6
