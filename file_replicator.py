@@ -319,6 +319,8 @@ do_bulk() {
     took=$?
   fi
   [ "$took" = 0 ] || { scrap "$stage/b" "$stage/s"; return 1; }
+  # GNU's tar leaves a directory of mode 0700 the setgid bit that it inherited.
+  [ ! -g "$stage" ] || find "$stage/b" -type d -perm -2000 -exec chmod g-s {} +
   for p; do solid "$p/." || { scrap "$stage/b" "$stage/s"; return 2; }; done
   number=0 failed=0
   for p; do
@@ -398,6 +400,7 @@ do_probe() {
     echo "$many" | { take 70000 2>/dev/null | wc -c; wc -c; } |
       { read -r a && read -r b && [ "$a$b" = 7000061073 ]; } && break
   done
+  [ "$taker" != 5 ] || command -v dd >/dev/null || { echo "dd: not found"; return 1; }
   umask 077
   mkdir "$stage/p" || return 1
   case $(stat -c %a "$stage/p") in *700) acl='' ;; *) acl=acl; chmod 700 "$stage" 2>/dev/null ;; esac
@@ -408,7 +411,8 @@ do_probe() {
   fi
   touch -d @1 "$stage/p/p" "$stage/p"
   ! find_tool tar || tar=$found
-  can=script
+  can=script pax=''
+  [ "$fine" = whole ] || pax='--format=pax'     # a tar that does not know it loses the fractions of times
   # GNU's takes a default ACL for the mode
   if [ -z "$acl" ] && { has_tar || { tar='busybox' applet='tar'; has_tar; }; }; then
     can='tar'
@@ -425,7 +429,7 @@ run_tar() { "$tar" ${applet:+"$applet"} "$@"; }
 # True if it works: it unpacks into x what it packed, with its time, which FUSE may lose though GNU's tar set
 # it.
 has_tar() {
-  (cd "$stage" && run_tar cf - p | { mkdir -p x && cd x && run_tar xpof - && [ -s p/p ]; } &&
+  (cd "$stage" && run_tar -cf - ${pax:+"$pax"} p | { mkdir -p x && cd x && run_tar xpof - && [ -s p/p ]; } &&
     [ "$(stat -c %Y x/p/p)" = 1 ])
 } 2>/dev/null
 
@@ -503,6 +507,11 @@ main() {
   newline='
 '
   set +e +f +u +v +x +C
+  # A function that a bash took from its environment is no tool.
+  case ${BASH_VERSION-} in
+    ?*) unset -f '[' busybox cat cd chmod command dash dd echo false find grep head ln md5sum mkdir mv printf \
+          pwd read readlink rm rmdir sh sha1sum sha256sum stat tar tee test touch true umask wc ;;
+  esac
   [ "$1" = - ] || FILE_REPLICATOR=$LC_ALL       # what the hook gets back
   LC_ALL=C
   export LC_ALL FILE_REPLICATOR
@@ -582,6 +591,7 @@ main() {
 BULK_BYTES = 1 << 20            # the largest file that travels whole
 BULK_PATHS = 1000               # in one record, at most
 RECORD_BYTES = 4 << 20          # of the backlog in one record, at most: large ones save processes over there
+LEAST_BYTES = 1 << 14           # the same, however slow the link
 LIST_PATHS = 128                # paths in one remove or meta record, and in one command
 BLOCK = 1 << 16                 # parts of a large file begin at multiples of this
 SUMS_BYTES = 8 << 20            # of a large file whose sums are asked for in one record
@@ -591,9 +601,11 @@ WINDOW_BYTES = 32 << 20         # on the way and not answered, at most
 CROWD = 32                      # records on their way, at which changes are gathered
 READY_SECONDS = 40              # for the far side to answer at all
 BEAT_SECONDS, SILENT_SECONDS = 12, 25   # idle before a heartbeat, waiting before a connection is given up
+SLOW_SECONDS = 3600             # the same for a hook, for all sums, and for a copy to another file system
 QUIET_SECONDS = 0.2             # without another write before a file that is still open is sent,
 OPEN_SECONDS, NEW_SECONDS = 0.9, 5      # but no longer than this: known files, files never sent
 RETRY_SECONDS, RETRY_MOST_SECONDS = 1, 30
+REASON_SECONDS, REASONS_MOST = 10, 5    # without a connection before another reason is said; how many are
 UNSTABLE_MOST = 12              # readings of a file that changes, where nobody watches
 LINE = 500                      # characters of one that the connection command said
 GIT_TRIES = 3                   # of a git that fails or is killed
@@ -1874,6 +1886,7 @@ class Sent(NamedTuple):
     size: int                           # bytes
     when: float                         # time.monotonic()
     verb: str
+    is_slow: bool                       # over there it may take long
     # called with the code, what was said before it, and the values
     done: Callable[[int, str, List[str]], None]
 
@@ -1940,6 +1953,7 @@ class Connection:
         # What may be on the way, and how much of the backlog goes in one record: see adapt.
         self.window, self.record_bytes = WINDOW_BYTES // 8, 2 * BLOCK
         self.answered = 0.0             # when the last answer came
+        self.round_trip = 0.0           # seconds, the least that a heartbeat took; 0: not known
         self.is_full = False            # the pipe took no more: that it does again shows that somebody reads
         self.phase = 'starting'         # then listing, then live
         self.heard = bytearray()        # what was not yet understood
@@ -1971,7 +1985,8 @@ class Connection:
 
     def send(self, verb: str, words: Sequence[str] = (), paths: Sequence[bytes] = (),
              payload: Sequence[Any] = (),
-             done: Callable[[int, str, List[str]], None] = lambda code, said, values: None) -> None:
+             done: Callable[[int, str, List[str]], None] = lambda code, said, values: None,
+             is_slow: bool = False) -> None:
         self.number += 1
         length = sum(map(len, payload))
         marker = os.urandom(6).hex()
@@ -1981,7 +1996,7 @@ class Connection:
         now = time.monotonic()
         if not self.flight:
             self.moved = now
-        self.flight.append(Sent(self.number, len(head) + length, now, verb, done))
+        self.flight.append(Sent(self.number, len(head) + length, now, verb, is_slow, done))
         self.bytes_in_flight += len(head) + length
         pieces = [head, *payload, marker.encode() + b'\n'] if length else [head]
         if 0 < length < BLOCK and isinstance(payload[0], bytes):        # one write for a small record
@@ -1997,12 +2012,13 @@ class Connection:
         """What a large record teaches of the link, from how long it was on the way, and how long after the
         answer before: half a second is the most a fresh edit should wait behind, and however slow the link,
         answers must come often enough that it is not taken for dead."""
+        waited -= self.round_trip
         if waited > 0.5:
             self.window = max(BLOCK * 4, self.window * 3 // 4)
         elif waited < 0.2:
             self.window = min(WINDOW_BYTES, self.window * 3 // 2)
         if took > 0.4:
-            self.record_bytes = max(BLOCK, self.record_bytes // 2)
+            self.record_bytes = max(LEAST_BYTES, self.record_bytes // 2)
         elif took < 0.1:
             self.record_bytes = min(RECORD_BYTES, self.record_bytes * 2)
 
@@ -2049,30 +2065,34 @@ class Connection:
                 data = self.process.stdout.read(BLOCK)
                 if not data:
                     raise Lost(self.diagnosis())
-                self.moved = time.monotonic()
+                if self.phase != 'live' or self.hook_runs():    # else only answers are a sign of life
+                    self.moved = time.monotonic()
                 self.hear(data)
 
     def check_silence(self) -> float:
         """Seconds until the next check. Sends a heartbeat when nothing moved for a while. Raises Lost when
-        something should have moved and did not. A remote hook that has begun, and the sums of all files, may
-        take an hour."""
+        something should have moved and did not; where the far side may be at work all the time, an hour
+        later."""
         now = time.monotonic()
         if self.phase == 'starting':
             left = self.started + READY_SECONDS - now
             if left <= 0:
                 raise Lost('no shell answered within %d seconds%s' % (READY_SECONDS, self.what_was_said()))
-        elif (self.flight and self.flight[0].verb == 'hook' and 'begun' in self.values
-              or self.phase == 'listing' and self.report.options.checksum):
-            left = 3600.0
         elif self.flight or self.out or self.phase == 'listing':
-            left = self.moved + SILENT_SECONDS - now
+            is_slow = (self.hook_runs() or bool(self.flight) and self.flight[0].is_slow
+                       or self.phase == 'listing' and self.report.options.checksum)
+            seconds = SLOW_SECONDS if is_slow else SILENT_SECONDS
+            left = self.moved + seconds - now
             if left <= 0:
-                raise Lost('nothing moved for %d seconds' % SILENT_SECONDS)
+                raise Lost('nothing moved for %d seconds' % seconds)
         else:
             left = self.moved + BEAT_SECONDS - now
             if left <= 0:
                 self.send('beat')
         return left
+
+    def hook_runs(self) -> bool:
+        return bool(self.flight) and self.flight[0].verb == 'hook' and 'begun' in self.values
 
     def hear_complaints(self) -> None:
         data = self.process.stderr.read(65536)
@@ -2101,7 +2121,7 @@ class Connection:
             before, self.heard = self.heard[:found.start()], self.heard[found.end():]
             since = 0
             if found[3] is not None:
-                self.said = lines_of(before)
+                self.hear_last_words(before)
                 raise Lost(found[3].decode().strip() + self.what_was_said())
             if found[1]:
                 self.phase = 'listing'
@@ -2115,6 +2135,10 @@ class Connection:
         for line in lines.decode(errors='surrogateescape').split('\n') if lines else ():
             self.hear_line(line)
 
+    def hear_last_words(self, data: bytes) -> None:
+        """Takes what came before the far side ended, but for what it listed, for why it did."""
+        self.said = [line for line in lines_of(data[-BLOCK:]) if self.nonce not in line]
+
     def hear_line(self, line: str) -> None:
         found = self.answer.search(line)
         other = line[:found.start()] if found else line     # before an answer: a line that did not end
@@ -2126,9 +2150,11 @@ class Connection:
             # The reason is for people: without the shell's name, its line, and the names we gave to temporary
             # files.
             reason = re.sub(r'^[^ ]*: (line )?\d+: ', '', other)
-            self.said.append(shown(reason.rpartition(self.nonce)[2].partition(': ')[2] or reason))
+            short = reason.rpartition(self.nonce)[2].partition(': ')[2]
+            self.said.append(shown(short if short and short != 'not found' else reason))
         if not found:
             return
+        self.moved = time.monotonic()
         number, code, value, why = found.groups()
         if value is not None:
             self.values.append(value)
@@ -2138,7 +2164,9 @@ class Connection:
             sent = self.flight.popleft()
             self.bytes_in_flight -= sent.size
             now = time.monotonic()
-            if sent.size >= BLOCK:
+            if sent.verb == 'beat':
+                self.round_trip = min(self.round_trip or now - sent.when, now - sent.when)
+            if sent.size >= min(BLOCK, self.record_bytes):
                 self.adapt(now - sent.when, now - max(sent.when, self.answered))
             self.answered = now
             said, self.said, values, self.values = self.said, [], self.values, []
@@ -2210,8 +2238,9 @@ class Connection:
         self.hear(self.process.stdout.read(PIPE_BYTES) or b'')
         self.hear_complaints()
         hint = ''
+        if self.phase != 'live':
+            self.hear_last_words(self.heard)
         if self.phase == 'starting':
-            self.said = lines_of(self.heard)
             hint = WHAT_IT_MAY_MEAN.get(status, '')
         said = self.what_was_said()
         if status is None:
@@ -2519,8 +2548,9 @@ class Replica:
         self.confirmed: Dict[str, None] = {}        # paths, since the hook last ran
         self.unhooked: Dict[str, None] = {}         # and since the remote hook last began
         self.last_sent: Dict[str, float] = {}       # for --update-interval
-        self.since: Dict[str, int] = {}             # what changed between the first look and the first meeting
+        self.since: Dict[str, int] = {}             # what changed from the first look to the first meeting
         self.drifts = 0                             # in a row, without coming into step
+        self.was_cut = False                        # the last connection ended while something was on its way
         self.begun = self.was_writable = self.is_staged = self.announced = False
 
     # ---- a new connection
@@ -2530,6 +2560,8 @@ class Replica:
         `connected` in between."""
         options, source = self.options, self.source
         self.far = far
+        if self.was_cut:                # perhaps since the link is slow, and what was sent took too long
+            far.record_bytes = LEAST_BYTES
         source.own_staging = far.staging
         if self.begun and source.watch.fd is None:
             source.hint_everything()    # nothing else tells what changed meanwhile
@@ -2551,6 +2583,10 @@ class Replica:
             if not options.watch:
                 raise Stop('%s went while it was looked at' % shown(source.root))
             far.turn(1)
+        if far.listed_as('at') and all(path for path, _, _ in far.entries()):
+            raise (Lost if self.begun else Stop)(
+                'what stands in %s cannot be listed: the far side has neither a find with -printf nor a stat '
+                'with -c' % shown(options.destination))
         self.mounts = far.mounts()
         self.remote = believe(self.listed(), source.tree, self.remote, self.is_ours, source.made_ns)
         if far.can or self.overlaps() and not options.dry_run:
@@ -2573,6 +2609,8 @@ class Replica:
         if options.watch:
             self.probe()                # now, rather than before the first edit
         self.waiting.clear()
+        if len(hints) > 1 and not options.dry_run:      # it has to wait for answers anyway
+            far.send('beat')            # for how long is known from one that waits for nothing else
         self.take_in(hints)
 
     def listed(self) -> Iterator[Tuple[str, Entry]]:
@@ -2662,6 +2700,7 @@ class Replica:
         if self.far and 'begun' in self.far.values:     # a hook, which may have ended the connection itself
             self.unhooked.clear()
         self.excused.difference_update(self.waiting)
+        self.was_cut = bool(self.far and self.far.flight)
         for state in (self.waiting, self.jobs, self.flying, self.answers, self.can):
             state.clear()
         self.announced = self.is_staged = False
@@ -2826,7 +2865,7 @@ class Replica:
         self.post(verb, words, [wire(each.path) for each in some], some)
 
     def post(self, verb: str, words: Sequence[str], paths: Sequence[bytes], steps: List[Step],
-             payload: Sequence[bytes] = ()) -> None:
+             payload: Sequence[bytes] = (), is_slow: bool = False) -> None:
         when = time.monotonic()
         self.flying[id(steps)] = steps
         if verb == 'move':
@@ -2835,7 +2874,7 @@ class Replica:
             for step in steps:          # they change a directory's time
                 self.settled.pop(parent(step.path), None)
         self.far.send(verb, words, paths, payload,
-                      lambda code, said, _: self.answered(steps, when, code, said))
+                      lambda code, said, _: self.answered(steps, when, code, said), is_slow)
 
     def time_of(self, entry: Entry) -> str:
         return seconds_of(entry.mtime_ns or 0, self.can[1] == 'fine')
@@ -2905,7 +2944,8 @@ class Replica:
             plain = name == '-' and not entry.mode & ~0o666 and self.can[3] != 'acl'
             mode = '-' if plain else '%05o' % entry.mode
             words = umask_for(entry.mode), mode, self.time_of(entry), name
-            self.post('file', words, [path], [step], [data])
+            self.post('file', words, [path], [step], [data],
+                      name != '-' and is_below(step.path, self.mounts))         # then it is copied there
         elif step.verb == 'dir':
             self.post('dir', ('%03o' % (entry.mode & 0o777),), [path], [step])
         else:
@@ -3114,7 +3154,7 @@ class Replica:
                     job.fault = error
                     return
                 if hashlib.new(self.can[2][:-3], data).hexdigest() != there:
-                    most = self.far.record_bytes * 2
+                    most = max(BLOCK, self.far.record_bytes * 2)        # in whole BLOCKs
                     for start in range(at, at + block, most):
                         part(str(start // BLOCK), start, min(most, at + block - start))
                 at += block
@@ -3366,6 +3406,8 @@ class Retry:
         self.options, self.report = options, report
         self.since = 0.0                # when it last connected; 0: never
         self.lost = False               # and that was said
+        self.lost_at = 0.0
+        self.reasons: Set[str] = set()  # that were said since then, without numbers
         self.delay = 0.0
         self.taken: List[float] = []    # when our staging was taken away
 
@@ -3387,12 +3429,17 @@ class Retry:
                            % shown(self.options.destination))
         if not self.lost and now - self.since > 5:
             self.delay = 0.0            # it had lasted
+        reason = re.sub(r'\d+', '', str(why))
         if isinstance(why, Drifted):
             self.report.warn('the replica was changed over there (%s): comparing again' % why)
         elif not self.lost:
             self.report.warn('connection lost: %s; connecting again' % why if self.since else
                              'waiting for the far side: %s' % why)
-            self.lost = True
+            self.lost, self.lost_at, self.reasons = True, now, {reason}
+        elif (now - self.lost_at > REASON_SECONDS and reason not in self.reasons
+              and len(self.reasons) < REASONS_MOST):
+            self.reasons.add(reason)    # what is to be done may be another thing by now
+            self.report.warn('still no connection: %s' % why)
         else:
             self.report.debug('connection', str(why))
         end = now + self.delay

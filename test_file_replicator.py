@@ -3017,6 +3017,9 @@ def test_directories_inherit_no_setgid_over_there(tmp_path, tar):
     source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
     for number in range(5):
         write('%s/d/%d/f' % (source, number))
+    for mode in ('700', '500', '1777', '711'):
+        write('%s/%s/f' % (source, mode))
+        os.chmod('%s/%s' % (source, mode), int(mode, 8))
     os.mkdir(far)
     os.chmod(far, 0o2775)
     connect = shell_command(tmp_path, 'dash')
@@ -3575,8 +3578,10 @@ FAULT_QUIET_NONSENSE = ["nonce + b' listed\\n' + nonce + b' 1 x\\n'", "nonce + b
 
 def test_silence_is_noticed_within_45_seconds_with_data_on_the_way_and_without(tmp_path):
     """All that has to be waited for, at once: two far sides that fall silent, and first connections that never answer."""
-    names = ['idle', 'busy', 'flooded', 'edited', 'hooked']
-    far = {'hooked': ['--remote-hook', 'true']}, {'hooked': ['-c', r'sed -u "/^hook [0-9]/,\$d" | sh']}       # it never begins
+    names = ['idle', 'busy', 'flooded', 'edited', 'hooked', 'noisy']
+    far = {'hooked': ['--remote-hook', 'true']}, {
+        'hooked': ['-c', r'sed -u "/^hook [0-9]/,\$d" | sh'],           # it never begins
+        'noisy': ['-c', '(while sleep 3; do echo noise; done) & exec sh']}
     never = {'sleep': ['sleep', '1000'], 'swallow': ['sh', '-c', 'cat >/dev/null'],
              'sed': ['sed', 's/sh/hs/'], 'babble': ['sh', '-c', 'while :; do echo nonsense; sleep 1; done']}
     with contextlib.ExitStack() as stack:
@@ -3649,17 +3654,20 @@ def test_a_connection_that_passes_bytes_one_by_one_is_slow_and_right(tmp_path, s
 
 FAULT_SLOW_LINK = """
 import os, queue, subprocess, threading, time
-given = queue.Queue()
+given, delay = queue.Queue(), 0
 
 def take():
     data = True
     while data:
         data = os.read(0, 65536)
-        given.put(data)
+        given.put((time.monotonic() + delay, data))
 
 threading.Thread(target=take, daemon=True).start()
 far = subprocess.Popen(['bash'], stdin=subprocess.PIPE, bufsize=0)
-for data in iter(given.get, b''):
+for when, data in iter(given.get, None):
+    if not data:
+        break
+    time.sleep(max(0, when - time.monotonic()))
     far.stdin.write(data)
     time.sleep(len(data) / 2e6)
 far.stdin.close()
@@ -3676,6 +3684,26 @@ def test_a_slow_link_that_takes_all_at_once_is_not_taken_for_a_dead_one(tmp_path
     fault_other_number(monkeypatch, tmp_path, 'SILENT_SECONDS = 12, 25 ', 'SILENT_SECONDS = 12, 2 ')
     link = sys.executable, '-c', FAULT_SLOW_LINK.replace('2e6', rate)
     assert once('--no-replicate-on-change', source, far, *link).stderr == ''
+    assert not difference(source, far + '/src')
+
+
+def test_a_link_on_which_the_first_record_takes_too_long_is_tried_with_smaller_ones(tmp_path, monkeypatch):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/large', os.urandom(600000))
+    fault_other_number(monkeypatch, tmp_path, 'SILENT_SECONDS = 12, 25 ', 'SILENT_SECONDS = 12, 2 ')
+    done = once('--no-replicate-on-change', source, far, sys.executable, '-c', FAULT_SLOW_LINK.replace('2e6', '6e4'))
+    assert 'connection lost: nothing moved' in done.stderr
+    assert not difference(source, far + '/src')
+
+
+def test_a_long_way_is_not_taken_for_a_slow_one(tmp_path):
+    """If it were, less and less would be on the way, and this would take a minute."""
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/large', os.urandom(60 << 20))
+    start = time.monotonic()
+    once('--no-replicate-on-change', source, far, sys.executable, '-c',
+         FAULT_SLOW_LINK.replace('2e6', '2e7').replace('delay = queue.Queue(), 0', 'delay = queue.Queue(), 0.7'), timeout=120)
+    assert time.monotonic() - start < 15
     assert not difference(source, far + '/src')
 
 
@@ -6365,6 +6393,16 @@ def test_wait_keeps_trying_until_the_far_side_is_up(tmp_path):
         assert running.err().count('not yet') == 1, running.err()
 
 
+def test_another_reason_why_there_is_no_connection_is_said_too(tmp_path, monkeypatch):
+    source, there = option_source(tmp_path, 'a')
+    fault_other_number(monkeypatch, tmp_path, 'REASONS_MOST = 10, 5', 'REASONS_MOST = 0, 5')
+    connect = ('echo >>"$0"; tries=$(wc -l <"$0"); [ "$tries" -gt 3 ] || { echo "no route $tries" >&2; exit 255; }\n'
+               '[ "$tries" -gt 6 ] || { echo "not allowed $tries" >&2; exit 255; }; exec bash')
+    with Running(tmp_path, '--wait', source, there.parent, 'sh', '-c', connect, tmp_path / 'tries') as running:
+        assert running.err().count('no route') == 1 and running.err().count('still no connection') == 1
+        assert 'still no connection: the connection command ended with status 255: not allowed' in running.err()
+
+
 def test_it_tries_less_and_less_often_until_a_connection_has_lasted(tmp_path, monkeypatch):
     """To have lasted takes five seconds, and half a one here."""
     source, there = option_source(tmp_path, 'a')
@@ -7575,3 +7613,55 @@ def test_removing_a_deep_tree_does_not_take_the_square_of_its_depth_for_each_of_
         subprocess.run(['rm', '-r', str(source / 'd')], check=True)
         until(lambda: option_paths(there) == [], 20, running.log)
         assert time.monotonic() - start < 6
+
+
+# ---- far sides with odd tools
+
+def test_fractions_of_times_arrive_though_the_tar_over_there_does_not_know_them(tmp_path):
+    source, there = option_source(tmp_path)
+    connect = shell_command(tmp_path, 'dash')
+    fault_command(tmp_path / 'shims-dash', 'tar', '#!/bin/sh\nexec %s tar "$@"\n' % need('busybox'))
+    for number in range(5):
+        write('%s/%d' % (source, number), mtime_ns=10**18 + 123456789)
+    once('--no-replicate-on-change', source, there.parent, *connect)
+    assert not difference(str(source), str(there))
+
+
+@pytest.mark.parametrize('name', ['cd', 'mv', 'rm', 'touch', '[', 'read', 'find'])
+def test_a_function_that_bash_took_from_its_environment_is_no_tool(tmp_path, name):
+    source, there = option_source(tmp_path, 'a', 'b', 'c', 'd/e')
+    option_age(source)
+    once('--no-replicate-on-change', source, there.parent, *shell_command(tmp_path, 'bash'), env={'BASH_FUNC_%s%%%%' % name: '() { :; }'})
+    assert not difference(str(source), str(there))
+
+
+@pytest.mark.parametrize('option', ['--mirror', '--clean-out-first', '--quiet'])
+def test_a_far_side_that_cannot_list_what_stands_there_is_not_taken_for_an_empty_one(tmp_path, option):
+    source, there = option_source(tmp_path, 'f')
+    write(str(there / 'theirs'))
+    connect = shell_command(tmp_path, 'dash')
+    for name, word in (('find', '-printf'), ('stat', '-c')):
+        fault_command(tmp_path / 'shims-dash', name, '#!/bin/sh\ncase " $* " in *" %s "*) echo "%s: illegal option" >&2; exit 1; esac\n'
+                      'exec %s "$@"\n' % (word, name, need(name)))
+    done = once(option, source, there.parent, *connect, expect=1)
+    assert 'cannot be listed' in done.stderr and option_paths(there) == ['theirs']
+
+
+@pytest.mark.parametrize('tool, words', [('mv', 'f: mv: not found'), ('dd', 'dd: not found'), ('find', 'status 127')])
+def test_a_tool_that_is_missing_is_named(tmp_path, tool, words):
+    source, there = option_source(tmp_path, 'f')
+    root = dash_root(str(tmp_path / 'root'))
+    os.unlink('%s/bin/%s' % (root, tool))
+    done = once('--no-replicate-on-change', source, '/srv', need('chroot'), root, '/bin/sh', expect=1)
+    assert words in done.stderr and not re.search('[0-9a-f]{12}', done.stderr)
+
+
+def test_a_large_file_may_take_its_time_to_another_file_system_over_there(fault_open, monkeypatch, tmp_path):
+    source, far = fault_open + '/src', fault_open + '/far'
+    fault_other_number(monkeypatch, tmp_path, 'SILENT_SECONDS = 12, 25 ', 'SILENT_SECONDS = 12, 2 ')
+    connect = shell_command(tmp_path, 'dash')
+    fault_command(tmp_path / 'shims-dash', 'mv', '#!/bin/sh\ncase $* in *part*) sleep 4; esac\nexec %s "$@"\n' % need('mv'))
+    write(source + '/vol/large', FAULT_BIG)
+    with fault_tmpfs(far + '/src/vol', 'size=20m'):
+        done = once('--no-replicate-on-change', source, far, *connect)
+        assert not done.stderr and not difference(source, far + '/src')
