@@ -509,8 +509,8 @@ main() {
   set +e +f +u +v +x +C
   # A function that a bash took from its environment is no tool.
   case ${BASH_VERSION-} in
-    ?*) unset -f '[' busybox cat cd chmod command dash dd echo false find grep head ln md5sum mkdir mv printf \
-          pwd read readlink rm rmdir sh sha1sum sha256sum stat tar tee test touch true umask wc ;;
+    ?*) unset -f '[' busybox cat cd chmod command dash dd echo false find grep head ln md5sum mkdir mv \
+          printf pwd read readlink rm rmdir sh sha1sum sha256sum stat tar tee test touch true umask wc ;;
   esac
   [ "$1" = - ] || FILE_REPLICATOR=$LC_ALL       # what the hook gets back
   LC_ALL=C
@@ -984,15 +984,17 @@ class LeftOut:
     def find_words(self) -> List[str]:
         """What the far side's find need not enter, as its words; only where they mean the same to find."""
         words: List[str] = []
+        room = 50000                    # no argument may be longer than 128 kB, receiver and all
         for pattern in ['.git'] * self.ask_git + [pattern for pattern, _, _ in self.patterns]:
             name = pattern.rstrip('/')
             if not re.search(r'[][/?\\]|\*\*', name):
                 kind = ['-type', 'd'] if pattern.endswith('/') else []
+                room -= len(name) + 40
+                if room < 0:
+                    break
                 words += ['!', '-name', '.', *kind, '-name', name, '-prune', '-o']
-            if sum(map(len, words)) > 50000:    # no argument may be longer than 128 kB, receiver and all
-                break
         for path in sorted(self.ignored, key=len)[:100]:
-            if len(path) >= 160:        # the same
+            if len(path) >= 160:
                 break
             words += ['-path', './' + re.sub(r'([][*?\\])', r'\\\1', path), '-prune', '-o']
         return words
@@ -1642,7 +1644,7 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
         there = remote.get(path)
         here = local.get(path) if there is not None else None
         if here is None and is_below(path, unlisted):
-            continue
+            continue                    # whether it is gone is not known
         if there is not None and (here is None or there.kind in 'd?' and here.kind != 'd'):
             gone.update(remote.below(path))
             if here is None:
@@ -2566,10 +2568,9 @@ class Replica:
         if self.begun and source.watch.fd is None:
             source.hint_everything()    # nothing else tells what changed meanwhile
         is_first = source.identity is None
-        changed = source.look()
-        self.waiting.update(changed)
-        since = self.since
-        since.update(changed if not is_first else {})
+        self.waiting.update(source.look())
+        if not is_first:
+            self.since.update(self.waiting)
         while far.phase != 'live':
             far.turn(None, source.watch.fd)
             source.listen()
@@ -2577,7 +2578,7 @@ class Replica:
         self.session = far.nonce
         while True:
             for path, why in source.look().items():
-                self.waiting[path] = since[path] = max(why, self.waiting.get(path, 0))
+                self.waiting[path] = self.since[path] = max(why, self.waiting.get(path, 0))
             if not source.gone:         # else what was seen of it may have been half of it
                 break
             if not options.watch:
@@ -2601,8 +2602,8 @@ class Replica:
                     source.listen()
             self.compare(hints)
         else:
-            hints = since
-            self.excused.update(set(differences(source.tree, self.remote)) - since.keys())
+            hints = self.since
+            self.excused.update(set(differences(source.tree, self.remote)) - hints.keys())
         self.remote.put('', self.remote.get('') or source.tree.get(''))
         self.begun = True
         del far.listing[:]
@@ -2637,12 +2638,11 @@ class Replica:
             return True
         if self.options.mirror:
             self.source.left_out.ask([path], gone=True)
-        if entry.kind != 'd' and is_staging(path):
-            return True
-        if self.options.mirror and not self.source.left_out.within(path, entry.kind == 'd'):
-            return True
-        self.source.left_out.known.add(path)
-        return False
+        ours = (entry.kind != 'd' and is_staging(path)
+                or self.options.mirror and not self.source.left_out.within(path, entry.kind == 'd'))
+        if not ours:
+            self.source.left_out.known.add(path)
+        return ours
 
     def compare(self, hints: Dict[str, int]) -> None:
         """Adds a hint for each path that differs. RACE: a file changed within the same tick as we looked may
