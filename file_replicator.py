@@ -2139,7 +2139,7 @@ class Connection:
 
     def hear_last_words(self, data: bytes) -> None:
         """Takes what came before the far side ended, but for what it listed, for why it did."""
-        self.said = [line for line in lines_of(data[-BLOCK:]) if self.nonce not in line]
+        self.said = [line for line in lines_of(data[-BLOCK:]) if not line.startswith(self.nonce)]
 
     def hear_line(self, line: str) -> None:
         found = self.answer.search(line)
