@@ -2550,7 +2550,8 @@ class Replica:
         self.confirmed: Dict[str, None] = {}        # paths, since the hook last ran
         self.unhooked: Dict[str, None] = {}         # and since the remote hook last began
         self.last_sent: Dict[str, float] = {}       # for --update-interval
-        self.since: Dict[str, int] = {}             # what changed from the first look to the first meeting
+        self.has_looked = False                     # once, to the end
+        self.since: Dict[str, int] = {}             # what changed from then to the first meeting
         self.drifts = 0                             # in a row, without coming into step
         self.was_cut = False                        # the last connection ended while something was on its way
         self.begun = self.was_writable = self.is_staged = self.announced = False
@@ -2567,10 +2568,11 @@ class Replica:
         source.own_staging = far.staging
         if self.begun and source.watch.fd is None:
             source.hint_everything()    # nothing else tells what changed meanwhile
-        is_first = source.identity is None
-        self.waiting.update(source.look())
-        if not is_first:
-            self.since.update(self.waiting)
+        changed = source.look()
+        self.waiting.update(changed)
+        if self.has_looked:
+            self.since.update(changed)
+        self.has_looked = True
         while far.phase != 'live':
             far.turn(None, source.watch.fd)
             source.listen()

@@ -7404,10 +7404,10 @@ def test_no_record_is_so_large_that_a_slow_link_seems_dead(tmp_path):
     until_equal(str(source), str(there))
 
 
-def test_of_endless_words_only_their_begin_is_said(tmp_path):
+def test_of_endless_words_only_some_are_said(tmp_path):
     source, there = option_source(tmp_path, 'f')
     done = once(source, there.parent, 'sh', '-c', 'seq -s " " 9999 >&2; exit 3', expect=1)
-    assert '1 2 3 4' in done.stderr and 'status 3' in done.stderr and len(done.stderr) < 3000
+    assert re.search(r'status 3: \d+ \d+ ', done.stderr) and len(done.stderr) < 3000
 
 
 def test_what_a_killed_session_left_of_its_own_goes_with_no_delete_too(tmp_path):
