@@ -605,6 +605,7 @@ SLOW_SECONDS = 3600             # the same for a hook, for all sums, and for a c
 QUIET_SECONDS = 0.2             # without another write before a file that is still open is sent,
 OPEN_SECONDS, NEW_SECONDS = 0.9, 5      # but no longer than this: known files, files never sent
 RETRY_SECONDS, RETRY_MOST_SECONDS = 1, 30
+GIVE_UP_SECONDS = 300           # of connections that end too early, where nobody watches
 REASON_SECONDS, REASONS_MOST = 10, 5    # without a connection before another reason is said; how many are
 UNSTABLE_MOST = 12              # readings of a file that changes, where nobody watches
 LINE = 500                      # characters of one that the connection command said
@@ -3348,7 +3349,7 @@ def replicate(options: Options) -> int:
                     return 1 if report.problems else 0
             except Lost as why:
                 replica.lost()
-                retry.wait(why, source)
+                retry.wait(why, source, len(replica.confirmed))
     except Stop as why:
         report.write_log(['file_replicator: %s' % why])
         raise
@@ -3411,6 +3412,7 @@ class Retry:
         self.lost_at = 0.0
         self.reasons: Set[str] = set()  # that were said since then, without numbers
         self.delay = 0.0
+        self.confirmed, self.stuck_since = -1, 0.0      # how much was replicated, since which loss
         self.taken: List[float] = []    # when our staging was taken away
 
     def connected(self) -> None:
@@ -3418,12 +3420,18 @@ class Retry:
             self.report.warn('connected again' if self.since else 'connected')
         self.lost, self.since = False, time.monotonic()
 
-    def wait(self, why: Lost, source: Source) -> None:
-        """Waits before the next attempt, collecting events. Raises Stop when there is none."""
+    def wait(self, why: Lost, source: Source, confirmed: int) -> None:
+        """Waits before the next attempt, collecting events. `confirmed` is how much was replicated yet.
+        Raises Stop when there is none: where nobody watches, once no more was for long."""
         if not self.since and not self.options.wait:
             raise Stop('cannot replicate to %s: %s; try the connection command by hand, or --wait for it'
                        % (shown(self.options.destination), why))
         now = time.monotonic()
+        if confirmed != self.confirmed:
+            self.confirmed, self.stuck_since = confirmed, now
+        if self.since and not self.options.watch and now - self.stuck_since > GIVE_UP_SECONDS:
+            raise Stop('cannot replicate to %s: for %d seconds each connection ended before anything more '
+                       'was replicated: %s' % (shown(self.options.destination), GIVE_UP_SECONDS, why))
         if 'staging was taken' in str(why):
             self.taken = [when for when in self.taken if now - when < 60] + [now]
             if len(self.taken) > 2:

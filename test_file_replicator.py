@@ -3696,6 +3696,15 @@ def test_a_link_on_which_the_first_record_takes_too_long_is_tried_with_smaller_o
     assert not difference(source, far + '/src')
 
 
+def test_where_nobody_watches_connections_that_always_end_too_early_are_given_up(tmp_path, monkeypatch):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/large', os.urandom(600000))
+    fault_other_number(monkeypatch, tmp_path, 'GIVE_UP_SECONDS = 300 ', 'GIVE_UP_SECONDS = 2 ')
+    done = once('--no-replicate-on-change', source, far, 'sh', '-c', 'dd bs=1 count=100000 2>/dev/null | bash', expect=1)
+    assert 'for 2 seconds each connection ended before anything more was replicated: the connection command' in done.stderr
+    fault_nothing_left(far)
+
+
 def test_a_long_way_is_not_taken_for_a_slow_one(tmp_path):
     """If it were, less and less would be on the way, and this would take a minute."""
     source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
