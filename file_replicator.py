@@ -978,9 +978,14 @@ class LeftOut:
         """Whether all in a directory that is left out would be at another place too, as far as is known. Else
         it would be written over there, or removed."""
         inside = [path for path in (*self.known, *self.ignored) if path.startswith(old + '/')]
+        if not inside:
+            return True
         moved = {path: new + path[len(old):] for path in inside}
-        self.ask([path for path in {*moved, *moved.values()} - self.ignored], gone=True)
-        return all(self.within(moved[path], True) or not self.within(path, True) for path in inside)
+        kept, self.ignored = self.ignored, self.ignored.copy()          # as it would be is not as it is
+        self.ask([path for path in {*moved, *moved.values()} - kept], gone=True)
+        outcome = all(self.within(moved[path], True) or not self.within(path, True) for path in inside)
+        self.ignored = kept
+        return outcome
 
     def find_words(self) -> List[str]:
         """What the far side's find need not enter, as its words; only where they mean the same to find."""
