@@ -7358,6 +7358,7 @@ def test_without_initial_replication_what_changes_while_the_connection_is_made_i
 
 def test_without_initial_replication_what_changes_while_the_first_connection_is_waited_for_is_sent(tmp_path):
     source, there = option_source(tmp_path, 'old', 'f')
+    option_age(source)                  # what changed within a tick of the first look could have changed since
     there.mkdir()
     with Running(tmp_path, '--wait', '--no-initial-replication', source, there.parent, 'sh', '-c', '[ -e %s/go ] || exit 255; exec bash'
                  % tmp_path, wait=False) as running:
