@@ -2171,12 +2171,12 @@ class Connection:
         elif self.flight and number == str(self.flight[0].number):
             sent = self.flight.popleft()
             self.bytes_in_flight -= sent.size
-            now = time.monotonic()
+            waited = self.moved - sent.when
             if sent.verb == 'beat':
-                self.round_trip = min(self.round_trip or now - sent.when, now - sent.when)
+                self.round_trip = min(self.round_trip or waited, waited)
             if sent.size >= min(BLOCK, self.record_bytes):
-                self.adapt(now - sent.when, now - max(sent.when, self.answered))
-            self.answered = now
+                self.adapt(waited, self.moved - max(sent.when, self.answered))
+            self.answered = self.moved
             said, self.said, values, self.values = self.said, [], self.values, []
             self.report.debug('answer', number, code, *said)
             sent.done(int(code), '; '.join(said), values)
@@ -3413,17 +3413,17 @@ class Retry:
     def __init__(self, options: Options, report: Report):
         self.options, self.report = options, report
         self.since = 0.0                # when it last connected; 0: never
-        self.lost = False               # and that was said
-        self.lost_at = 0.0
-        self.reasons: Set[str] = set()  # that were said since then, without numbers
+        self.lost_at = 0.0              # when it was said that it lost that connection
+        self.reasons: Set[str] = set()  # that were said since, without numbers; none while it is connected
         self.delay = 0.0
         self.confirmed, self.stuck_since = -1, 0.0      # how much was replicated, since which loss
         self.taken: List[float] = []    # when our staging was taken away
 
     def connected(self) -> None:
-        if self.lost:
+        if self.reasons:
             self.report.warn('connected again' if self.since else 'connected')
-        self.lost, self.since = False, time.monotonic()
+            self.reasons.clear()
+        self.since = time.monotonic()
 
     def wait(self, why: Lost, source: Source, confirmed: int) -> None:
         """Waits before the next attempt, collecting events. `confirmed` is how much was replicated yet.
@@ -3442,15 +3442,15 @@ class Retry:
             if len(self.taken) > 2:
                 raise Stop('another file_replicator replicates to %s: end one of them'
                            % shown(self.options.destination))
-        if not self.lost and now - self.since > 5:
+        if not self.reasons and now - self.since > 5:
             self.delay = 0.0            # it had lasted
         reason = re.sub(r'\d+', '', str(why))
         if isinstance(why, Drifted):
             self.report.warn('the replica was changed over there (%s): comparing again' % why)
-        elif not self.lost:
+        elif not self.reasons:
             self.report.warn('connection lost: %s; connecting again' % why if self.since else
                              'waiting for the far side: %s' % why)
-            self.lost, self.lost_at, self.reasons = True, now, {reason}
+            self.lost_at, self.reasons = now, {reason}
         elif (now - self.lost_at > REASON_SECONDS and reason not in self.reasons
               and len(self.reasons) < REASONS_MOST):
             self.reasons.add(reason)    # what is to be done may be another thing by now
