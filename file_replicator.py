@@ -1616,10 +1616,10 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
     disturbed: Set[str] = set()         # directories whose mode and time have to be compared at the end
 
     def take(verb: str, path: str, entry: Optional[Entry], detail: str = '') -> None:
-        for each in (path, detail) if verb == 'move' else (path,):
+        for above in map(parent, (path, detail) if verb == 'move' else (path,)):
             if verb != 'meta':
-                disturbed.add(parent(each))
-            open_up(parent(each), 0o100 if verb == 'meta' else 0o700)
+                disturbed.add(above)
+            open_up(above, 0o100 if verb == 'meta' else 0o700)
         step = Step(verb, path, entry, detail, remote.get(path))
         steps.append(step)
         apply(remote, step)
@@ -1647,15 +1647,14 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
                and local.get(path) is not None):
             paths[above] = LOOK
             above = parent(above)
-        there = remote.get(path)
-        here = local.get(path) if there is not None else None
-        if here is None and is_below(path, unlisted):
-            continue                    # whether it is gone is not known
-        if there is not None and (here is None or there.kind in 'd?' and here.kind != 'd'):
+        there, here = remote.get(path), local.get(path)
+        if there is None or here is None and is_below(path, unlisted):
+            continue                    # whether it is gone is not known, in the second case
+        if here is None or there.kind in 'd?' and here.kind != 'd':
             gone.update(remote.below(path))
             if here is None:
                 gone.add(path)
-        elif there is not None and is_another(there, here):
+        elif is_another(there, here):
             replaced.add(path)
     movable = {remote.get(path).inode: path for path in gone | replaced} if delete else {}
     movable.pop(None, None)             # what has no inode that we know
@@ -1943,6 +1942,10 @@ WHAT_IT_MAY_MEAN = {
 CHATTER = re.compile(
     r'\d+\+\d+ records |\d+ bytes .*copied|.*: (time stamp|implausibly old) |.*tar: b/[^:]*$')
 START = 'exec sh -c "$R" "$R"'
+# bash takes each character of its commands by a system call of its own: slowly, but none ahead, so that sh,
+# which may be faster, can go on behind this line.
+BEFORE_START = ('PATH="${PATH:+$PATH:}/usr/bin:/bin"; export PATH; '
+                'case $0${BASH_VERSION-} in *bash[0-9]*) exec sh ;; esac')
 
 
 class Connection:
@@ -1959,7 +1962,7 @@ class Connection:
         self.flight: Deque[Sent] = collections.deque()
         self.number = self.bytes_in_flight = 0
         # What may be on the way, and how much of the backlog goes in one record: see adapt.
-        self.window, self.record_bytes = WINDOW_BYTES // 8, 2 * BLOCK
+        self.window, self.record_bytes = WINDOW_BYTES // 4, BULK_BYTES
         self.answered = 0.0             # when the last answer came
         self.round_trip = 0.0           # seconds, the least that a heartbeat took; 0: not known
         self.is_full = False            # the pipe took no more: that it does again shows that somebody reads
@@ -1988,8 +1991,9 @@ class Connection:
         # One command, complete before anything else is sent: dash and busybox sh read ahead on what they take
         # commands from, and would swallow the first records. sh -c also leaves behind the options and aliases
         # of the outer shell.
-        line = 'R=%s; PATH="${PATH:+$PATH:}/usr/bin:/bin"; export PATH; %s\n'
-        self.out.append(memoryview(os.fsencode(line % (shlex.quote(program), START))))
+        line = os.fsencode('%s\nR=%s; %s\n' % (BEFORE_START, shlex.quote(program), START))
+        self.out.append(memoryview(line))
+        self.program_bytes = len(line)
 
     def send(self, verb: str, words: Sequence[str] = (), paths: Sequence[bytes] = (),
              payload: Sequence[Any] = (),
@@ -2012,9 +2016,9 @@ class Connection:
         self.out.extend(memoryview(each) if isinstance(each, bytes) else each for each in pieces)
 
     def has_room(self) -> bool:
-        """Whether more of the backlog may follow: little enough is on the way, and most of it in the pipe,
-        that a fresh edit need not wait long."""
-        return self.bytes_in_flight < self.window and sum(map(len, self.out)) < self.window // 8
+        """Whether more of the backlog may follow: little enough is on the way, and no more than a record of
+        it still here, that a fresh edit need not wait long."""
+        return self.bytes_in_flight < self.window and sum(map(len, self.out)) < self.record_bytes
 
     def adapt(self, waited: float, took: float) -> None:
         """What a large record teaches of the link, from how long it was on the way, and how long after the
@@ -2028,7 +2032,7 @@ class Connection:
         if took > 0.4:
             self.record_bytes = max(LEAST_BYTES, self.record_bytes // 2)
         elif took < 0.1:
-            self.record_bytes = min(RECORD_BYTES, self.record_bytes * 2)
+            self.record_bytes = min(RECORD_BYTES, self.record_bytes * 4)
 
     def is_crowded(self) -> bool:
         """Whether so much waits for answers that changes had better gather here: what changes all the time is
@@ -2133,6 +2137,9 @@ class Connection:
                 raise Lost(found[3].decode().strip() + self.what_was_said())
             if found[1]:
                 self.phase = 'listing'
+                # At least that fast: so no record takes too long, even if ssh packed the program to a fourth.
+                rate = self.program_bytes / (time.monotonic() - self.started)
+                self.record_bytes = min(self.record_bytes, max(LEAST_BYTES, int(rate * SILENT_SECONDS / 12)))
             else:
                 self.listing = os.fsdecode(bytes(before)).split(self.nonce + ' ')
                 # what the far side says of itself comes first, see main in the receiver
@@ -2810,10 +2817,13 @@ class Replica:
             some[path] = why
             size += bulk_size(self.source.tree.get(path))
         if some:
-            self.send(some)
+            following = next(iter(self.waiting), None)
+            self.send(some, () if following is None else {'', *ancestors(following)})
         return busy or bool(some)
 
-    def send(self, hints: Dict[str, int]) -> None:
+    def send(self, hints: Dict[str, int], unfinished: Collection[str] = ()) -> None:
+        """Sends what differs at these paths. The times of `unfinished` directories, into which more will
+        come, go to the end of the backlog."""
         for path, job in list(self.jobs.items()):
             if self.source.tree.get(path) is None:
                 self.cancel(path)
@@ -2828,6 +2838,11 @@ class Replica:
                 if here is None or self.remote.get(path) is here:   # not wanted any more, or as it shall be
                     del self.tries[path]
                     self.report.solved(path, 'send')
+        too_early = [step for step in steps if step.detail == 't' and step.path in unfinished]
+        for step in too_early:
+            take_back(self.remote, step)
+            self.waiting[step.path] = META
+            steps.remove(step)
         self.carry_out(steps)
 
     def may_move(self, old: str, new: str) -> bool:

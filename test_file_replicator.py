@@ -7394,15 +7394,16 @@ def test_what_the_far_side_prints_unasked_does_not_pile_up(tmp_path):
 
 
 def test_no_record_is_so_large_that_a_slow_link_seems_dead(tmp_path):
-    """Nothing tells that a link is alive but answers: so until it is known how fast they come, no record is large."""
-    def largest():
-        done = once('--debugging', '--no-replicate-on-change', source, there.parent, 'bash')
-        return max(int(length) for length in re.findall(r' record .*\\n(\d+) [0-9a-f]+\\n$', done.stderr, re.M))
+    """Nothing tells that a link is alive but answers: so until they come, no record is larger than what is sure to
+    pass in seconds, if the receiver took one."""
+    def first():
+        done = once('--debugging', '--no-replicate-on-change', source, there.parent, 'sh', '-c', 'sleep 1; exec bash')
+        return int(re.search(r' record .*\\n([1-9]\d*) [0-9a-f]+\\n$', done.stderr, re.M)[1])
 
     source, there = option_source(tmp_path, 'a', 'b', 'c')
     for name, size in (('a', 250000), ('b', 11000), ('c', 261000)):
         write(str(source / name), os.urandom(size))
-    assert largest() < 300000
+    assert first() < 100000
     for path in (source, there):
         with open(str(path / 'large'), 'wb') as file:
             file.truncate(80 << 20)
@@ -7410,7 +7411,22 @@ def test_no_record_is_so_large_that_a_slow_link_seems_dead(tmp_path):
     with open(str(source / 'large'), 'r+b') as file:
         file.seek(50 << 20)
         file.write(b'changed')
-    assert 0 < largest() < 300000
+    assert first() < 100000
+    until_equal(str(source), str(there))
+
+
+def test_a_directory_gets_its_time_once_though_the_backlog_comes_into_it_in_many_records(tmp_path):
+    source, there = option_source(tmp_path, *('a/b/%d' % number for number in range(5000)))
+    done = once('--debugging', '--no-replicate-on-change', source, there.parent, 'bash')
+    assert len(re.findall(r' record bulk ', done.stderr)) > 3
+    assert len(re.findall(r' record meta .*\\n\./a/b\\n', done.stderr)) == 1
+    until_equal(str(source), str(there))
+
+
+def test_what_only_is_called_bash_is_spoken_to_as_the_shell_it_is(tmp_path):
+    source, there = option_source(tmp_path, 'f')
+    os.symlink(shutil.which('dash'), str(tmp_path / 'bash'))
+    once('--no-replicate-on-change', source, there.parent, tmp_path / 'bash')
     until_equal(str(source), str(there))
 
 
