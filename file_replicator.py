@@ -401,6 +401,7 @@ do_probe() {
       { read -r a && read -r b && [ "$a$b" = 7000061073 ]; } && break
   done
   [ "$taker" != 5 ] || command -v dd >/dev/null || { echo "dd: not found"; return 1; }
+  command -v rm >/dev/null || { echo "rm: not found"; return 1; }
   umask 077
   mkdir "$stage/p" || return 1
   case $(stat -c %a "$stage/p") in *700) acl='' ;; *) acl=acl; chmod 700 "$stage" 2>/dev/null ;; esac
@@ -498,8 +499,13 @@ end_session() {
   done 2>/dev/null
 }
 
-# True if nothing is in the replica.
-empty() { for p in * .[!.]* ..?*; do ! stands "./$p" || return 1; done; }
+# True if the probe comes before the listing: if nothing is in the replica, since all will be sent then; and
+# if a staging is, since its session, which may still be at work though who started it was killed, ends by
+# that.
+probes_first() {
+  for p in ./.file_replicator.????????????; do ! stands "$p" || return 0; done
+  for p in * .[!.]* ..?*; do ! stands "./$p" || return 1; done
+}
 
 # The session: $1 what to run it with, $2 the nonce all answers begin with, $3 the replica, $4 the letters of
 # what it may do, $5 the remote hook, $6 the nonce of the session before, the rest for list.
@@ -543,6 +549,7 @@ main() {
   if [ -h "$root" ] || [ ! -d "$root" ]; then
     case $flags in *d*) echo; echo "$nonce ready"; echo "$nonce listed"; exit ;; esac
     ! stands "$root" || rm -f "$root" || give_up "cannot remove what stands where the replica is to be"
+    umask u=rwx
     mkdir -p "$root" || give_up "cannot make the directory"
   fi
   cd "$root" || give_up "cannot enter the directory"
@@ -556,7 +563,10 @@ main() {
   trap leave 0 HUP INT TERM PIPE
   echo
   echo "$nonce ready"
-  case $flags in *d*) ;; *) ! empty || do_probe || { keep_stage; give_up "cannot write there"; } ;; esac
+  case $flags in
+    *d*) ;;
+    *) ! probes_first || do_probe || { keep_stage; give_up "cannot write there"; } ;;
+  esac
   list_mounts
   list "$@"
   case $flags in *c*) list_sums "$@" ;; esac
@@ -769,19 +779,25 @@ def pattern_regex(pattern: str) -> Tuple[Pattern, bool]:
     return re.compile(('' if anchored else '(?:.*/)?') + out, re.DOTALL), pattern.endswith('/')
 
 
+@contextlib.contextmanager
+def needing_room() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise Stop('git cannot be asked what to leave out, since that needs a directory for temporary files: '
+                   '%s; set TMPDIR, or use --no-gitignore' % error)
+
+
 @functools.lru_cache(maxsize=None)
 def empty_repository() -> Any:
     """Git reads a .gitignore only where there is a repository: this is one, elsewhere, until we end."""
     import tempfile
-    try:
+    with needing_room():
         top = tempfile.TemporaryDirectory(prefix='file_replicator.git.')
         for name in ('objects', 'refs'):
             os.mkdir(os.path.join(top.name, name))
         with open(os.path.join(top.name, 'HEAD'), 'w') as file:
             file.write('ref: refs/heads/none\n')
-    except OSError as error:
-        raise Stop('git cannot be asked what to leave out, since that needs a directory for temporary files: '
-                   '%s; set TMPDIR, or use --no-gitignore' % error)
     return top
 
 
@@ -879,10 +895,10 @@ class Git:
                 return bool(fields[2]) and not fields[2].startswith(b'!')
             ended = self.asking.wait()
             self.close()
-            if ended >= 0:              # below, somebody killed it
+            if ended >= 0:              # below, it was killed
                 return False
-        raise Stop('git, which says what to leave out of %s, is killed each time; use --no-gitignore'
-                   % shown(self.top))
+        # Some versions crash where they tell the source of a pattern above some twenty directories.
+        return bool(self.run('check-ignore', '-z', '--stdin', given=b'./' + os.fsencode(path) + b'\0'))
 
     def answer(self, path: str) -> List[bytes]:
         """What check-ignore says of a path, field by field; fewer than there should be where it ended."""
@@ -907,6 +923,44 @@ class Git:
                 pass
 
 
+class RulesAlone(Git):
+    """The rules of a work tree in a directory where nothing else stands: of what is behind a link git says
+    nothing, but what stands over there may be behind what is a link only here."""
+
+    def __init__(self, top: str):
+        import tempfile
+        super().__init__(top)
+        self.here = os.path.realpath(top)
+        self.work_tree = self.above[-1] if self.directory and self.above else self.here
+        with needing_room():
+            self.room = tempfile.TemporaryDirectory(prefix='file_replicator.git.')
+        self.top = os.path.join(self.room.name, os.path.relpath(self.here, self.work_tree))
+        self.environment = {'GIT_DIR': self.directory, **self.environment, 'GIT_WORK_TREE': self.room.name}
+        self.looked_in: Set[str] = {''}
+        self.directories: Set[str] = {''}       # of these, what is one here
+        for directory in [self.here, *(self.above if self.directory else ())]:
+            self.copy_rules(directory)
+
+    def copy_rules(self, directory: str) -> None:
+        there = os.path.join(self.room.name, os.path.relpath(directory, self.work_tree))
+        rules = b''
+        with contextlib.suppress(OSError), open_plain(directory + '/.gitignore') as file:
+            rules = file.read() or b''
+        with needing_room():
+            os.makedirs(there, exist_ok=True)
+            with open(there + '/.gitignore', 'wb') as file:
+                file.write(rules)
+
+    def ignores(self, paths: Sequence[str]) -> Set[str]:
+        for directory in sorted({each for path in paths for each in ancestors(path)} - self.looked_in):
+            self.looked_in.add(directory)
+            full = os.path.join(self.here, directory)
+            if parent(directory) in self.directories and os.path.isdir(full) and not os.path.islink(full):
+                self.directories.add(directory)
+                self.copy_rules(full)
+        return super().ignores(paths)
+
+
 class LeftOut:
     """What is not replicated: by --exclude, and by git where it is asked to say."""
 
@@ -915,6 +969,7 @@ class LeftOut:
         self.patterns = [(pattern, *pattern_regex(pattern)) for pattern in patterns]
         self.ask_git = ask_git
         self.git: Dict[str, Git] = {}       # the top of each work tree below the root: what knows it
+        self.alone: Dict[str, RulesAlone] = {}
         self.ignored: Set[str] = set()
         # what was ever found to be left out, or was there and not ours, or would be left out if it were
         self.known = {pattern.strip('/') for pattern in patterns if '/' in pattern.rstrip('/')}
@@ -964,10 +1019,12 @@ class LeftOut:
                 top = parent(top)
             inside.setdefault(top, []).append(path[len(top) + 1:] if top else path)
         for top, names in inside.items():
-            ignored = self.git[top].ignores(names)
             if gone:
-                inner = self.git[top].ignores([name + '/.\x7f' for name in names])
-                ignored.update(name[:-3] for name in inner)
+                alone = self.alone[top] = self.alone.get(top) or RulesAlone(os.path.join(self.root, top))
+                ignored = alone.ignores(names)
+                ignored.update(name[:-3] for name in alone.ignores([name + '/.\x7f' for name in names]))
+            else:
+                ignored = self.git[top].ignores(names)
             self.ignored.update(top + '/' + name if top else name for name in ignored)
 
     def within(self, path: str, is_directory: bool = False) -> bool:
@@ -1006,8 +1063,10 @@ class LeftOut:
         return words
 
     def close(self) -> None:
-        while self.git:
-            self.git.popitem()[1].close()
+        for each in (*self.git.values(), *self.alone.values()):
+            each.close()
+        self.git.clear()
+        self.alone.clear()
 
 
 # ==== 4. Look: what stands here, and where to look again ====================================================
@@ -1152,6 +1211,7 @@ class Source:
         self.changed: Dict[str, int] = {}       # to be compared: what is other than before, or was hinted at
         self.now_ns = 0                         # just before what is being looked at
         self.fresh: Set[str] = set()    # looked at so soon after a change that the next may keep the time
+        self.replaced: Set[str] = set() # directories that were found to be others in this look
         self.names: Dict[Any, Tuple[str, ...]] = {}     # inode: the paths a file was last seen at
         self.unlisted: Set[str] = set() # directories that could not be listed: what is in them is not known
         self.own_staging = ''           # the name of this session's staging, which must not turn up here
@@ -1303,6 +1363,7 @@ class Source:
         for path in self.watch.descriptors.keys() & self.changed.keys():
             if not self.tree.is_directory(path):        # only now: one that moved has kept its watch
                 self.watch.forget(path)
+        self.replaced.clear()
         changed, self.changed = self.changed, {}
         return changed
 
@@ -1365,10 +1426,14 @@ class Source:
         before = self.tree.get(path)
         if before != entry:
             self.changed.setdefault(path, LOOK)
-            # Only its ctime is another, and no event told why; or it cannot tell, as one in seconds.
+            # Only its ctime is another, and no event told why; or it cannot tell, as one in seconds; or
+            # another file of the same ctime stands in a directory that came in place of the one before.
             if kind == 'f' and before is not None and (
-                    before.ctime_ns == entry.ctime_ns if why else before[:6] == entry[:6]):
+                    before.ctime_ns == entry.ctime_ns if why else before[:6] == entry[:6]
+                    or before.inode != entry.inode and is_below(path, self.replaced)):
                 self.changed[path] = CONTENT
+            elif kind == 'd' and before is not None and is_another(before, entry):
+                self.replaced.add(path)
             if before is not None and before.kind == 'd' and kind != 'd':
                 self.lose(path)
             elif before is not None and before.inode != entry.inode:
@@ -1942,10 +2007,6 @@ WHAT_IT_MAY_MEAN = {
 CHATTER = re.compile(
     r'\d+\+\d+ records |\d+ bytes .*copied|.*: (time stamp|implausibly old) |.*tar: b/[^:]*$')
 START = 'exec sh -c "$R" "$R"'
-# bash takes each character of its commands by a system call of its own: slowly, but none ahead, so that sh,
-# which may be faster, can go on behind this line.
-BEFORE_START = ('PATH="${PATH:+$PATH:}/usr/bin:/bin"; export PATH; '
-                'case $0${BASH_VERSION-} in *bash[0-9]*) exec sh ;; esac')
 
 
 class Connection:
@@ -1991,7 +2052,8 @@ class Connection:
         # One command, complete before anything else is sent: dash and busybox sh read ahead on what they take
         # commands from, and would swallow the first records. sh -c also leaves behind the options and aliases
         # of the outer shell.
-        line = os.fsencode('%s\nR=%s; %s\n' % (BEFORE_START, shlex.quote(program), START))
+        line = 'R=%s; PATH="${PATH:+$PATH:}/usr/bin:/bin"; export PATH; %s\n'
+        line = os.fsencode(line % (shlex.quote(program), START))
         self.out.append(memoryview(line))
         self.program_bytes = len(line)
 
@@ -2631,11 +2693,12 @@ class Replica:
 
     def listed(self) -> Iterator[Tuple[str, Entry]]:
         """What the far side listed; takes note of what is mounted in it."""
-        staging, unlisted, mounts = self.far.staging, self.source.unlisted, self.mounts
+        unlisted, mounts = self.source.unlisted, self.mounts
         root_device = None
         for path, entry, device in self.far.entries():
-            if path.startswith(staging):
-                continue
+            staging = STAGING.fullmatch(path.partition('/')[0])
+            if staging and not staging[1]:
+                continue                # the probe removes it, or made it
             # what could not be read here is not what is not here; of what is mounted only ours is removed
             if self.source.tree.get(path) is None and (
                     is_below(path, unlisted) or self.remote.get(path) is None
@@ -2957,7 +3020,7 @@ class Replica:
                 self.send_one(step, data, name)
             else:
                 batch.append((step, data))
-                size += len(data) + 512
+                size += len(data) + 2048        # what an archive needs for the rest of it
         self.send_batch(batch)
 
     def send_one(self, step: Step, data: bytes, name: str = '-') -> None:
@@ -3177,7 +3240,7 @@ class Replica:
                     job.fault = error
                     return
                 if hashlib.new(self.can[2][:-3], data).hexdigest() != there:
-                    most = max(BLOCK, self.far.record_bytes * 2)        # in whole BLOCKs
+                    most = max(BLOCK, self.far.record_bytes * 2 // BLOCK * BLOCK)
                     for start in range(at, at + block, most):
                         part(str(start // BLOCK), start, min(most, at + block - start))
                 at += block

@@ -7423,11 +7423,83 @@ def test_a_directory_gets_its_time_once_though_the_backlog_comes_into_it_in_many
     until_equal(str(source), str(there))
 
 
-def test_what_only_is_called_bash_is_spoken_to_as_the_shell_it_is(tmp_path):
-    source, there = option_source(tmp_path, 'f')
-    os.symlink(shutil.which('dash'), str(tmp_path / 'bash'))
-    once('--no-replicate-on-change', source, there.parent, tmp_path / 'bash')
+def test_parts_of_a_patch_fall_where_they_belong_however_large_a_record_may_be(tmp_path):
+    source, there = option_source(tmp_path)
+    first = os.urandom(20 << 20)
+    for path, number in ((source, 2), (there, 1)):
+        write(str(path / 'large'), first, mtime_ns=number * 10**18)
+    with open(str(source / 'large'), 'r+b') as file:
+        file.seek(10**6)
+        file.write(os.urandom(300000))
+    for seconds in ('0.7', '1', '1.3'):
+        once('--no-replicate-on-change', source, there.parent, 'sh', '-c', 'sleep %s; exec bash' % seconds)
+        assert not difference(str(source), str(there))
+        write(str(there / 'large'), first, mtime_ns=10**18)
+
+
+def test_many_tiny_files_are_no_large_record(tmp_path):
+    """An archive needs two kilobytes for each, and more for a long name."""
+    source, there = option_source(tmp_path, *('%0180d' % number for number in range(200)))
+    done = once('--debugging', '--no-replicate-on-change', source, there.parent, 'sh', '-c', 'sleep 2; exec bash')
+    assert int(re.search(r' record bulk .*\\n([1-9]\d*) [0-9a-f]+\\n$', done.stderr, re.M)[1]) < 100000
     until_equal(str(source), str(there))
+
+
+def test_directories_of_files_with_equal_sizes_and_times_change_places_though_they_wait_for_their_turn(tmp_path):
+    source, there = option_source(tmp_path, 'blue/', 'green/')
+
+    def made_at_once():
+        subprocess.run(['sh', '-c', 'rm -f blue/f green/f; echo blue >blue/f; echo gray >green/f; touch -d @1 blue/f green/f'],
+                       cwd=str(source), check=True)
+        return os.stat(str(source / 'blue' / 'f')).st_ctime_ns == os.stat(str(source / 'green' / 'f')).st_ctime_ns
+
+    until(made_at_once)
+    with option_watching(tmp_path, '--update-interval', '2') as running:
+        for old, new in (('blue', 't'), ('green', 'blue'), ('t', 'green')):
+            os.rename(str(source / old), str(source / new))
+        until_equal(str(source), str(there), running=running)
+
+
+def test_what_a_killed_run_left_on_its_way_does_not_come_behind_the_next_ones_back(tmp_path):
+    source, there = option_source(tmp_path)
+    for number in range(3000):
+        write('%s/d%d/%d' % (source, number // 10, number), os.urandom(2000))
+    link = FAULT_SLOW_LINK.replace('delay = queue.Queue(), 0', 'delay = queue.Queue(), 1')
+    # as behind docker the far side does not notice that nobody hears it any more
+    slow = 'sh', '-c', '"$@" | { cat; cat >/dev/null; }', 'sh', sys.executable, '-c', link
+    with Running(tmp_path, source, there.parent, *slow, wait=False) as running:
+        until(lambda: option_has(there, 'd110'), 20, running.log)
+        os.kill(running.process.pid, signal.SIGKILL)
+        for name in os.listdir(str(source)):
+            shutil.rmtree(str(source / name))
+        write(str(source / 'kept'))
+        once('--mirror', '--no-replicate-on-change', source, there.parent, *slow)
+        assert option_paths(there) == ['kept']
+
+
+def test_what_git_leaves_out_over_there_stays_though_a_link_stands_there_here(tmp_path):
+    source, there = option_source(tmp_path, 'sub/')
+    write(str(source / '.gitignore'), 'node_modules/\n/storage/*\n')
+    write(str(source / 'sub' / '.gitignore'), '/cache/*\n')
+    git_init(source)
+    for name in ('node_modules', 'storage', 'sub/cache', 'other'):
+        os.symlink(str(tmp_path), str(source / name))
+        write('%s/%s/theirs' % (there, name))
+    done = option_once(tmp_path, '--mirror', expect=1)
+    assert option_has(there, 'node_modules/theirs', 'storage/theirs', 'sub/cache/theirs')
+    assert os.path.islink(str(there / 'other')) and done.stderr.count('not empty') == 3
+
+
+def test_what_git_ignores_is_left_out_however_deep_it_comes(tmp_path):
+    """git (2.39) crashes where it tells from which file a pattern is, above some twenty directories."""
+    source, there = option_source(tmp_path, 'd/' * 40)
+    write(str(source / '.gitignore'), '*.o\n')
+    git_init(source)
+    with option_watching(tmp_path) as running:
+        for name in ('a.o', 'a.c'):
+            write('%s/%s%s' % (source, 'd/' * 40, name))
+        until(lambda: option_has(there, 'd/' * 40 + 'a.c'), 10, running.log)
+        assert not option_has(there, 'd/' * 40 + 'a.o')
 
 
 def test_of_endless_words_only_some_are_said(tmp_path):
@@ -7673,7 +7745,8 @@ def test_a_far_side_that_cannot_list_what_stands_there_is_not_taken_for_an_empty
     assert 'cannot be listed' in done.stderr and option_paths(there) == ['theirs']
 
 
-@pytest.mark.parametrize('tool, words', [('mv', 'f: mv: not found'), ('dd', 'dd: not found'), ('find', 'status 127')])
+@pytest.mark.parametrize('tool, words', [('mv', 'f: mv: not found'), ('dd', 'dd: not found'), ('rm', 'rm: not found'),
+                                         ('find', 'status 127')])
 def test_a_tool_that_is_missing_is_named(tmp_path, tool, words):
     source, there = option_source(tmp_path, 'f')
     root = dash_root(str(tmp_path / 'root'))
