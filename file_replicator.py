@@ -140,10 +140,10 @@ skip() { take "$length" >/dev/null; settle; }
 
 # Appends the bytes of this record to the file $1. True if all of them are there.
 store() {
-  opened='' took=''
-  { opened=1; take "$length" && took=1; } >>"$1"
-  [ -n "$opened" ] || { skip; return 1; }
-  settle && [ -n "$took" ]
+  took=''
+  { take "$length"; took=$?; } >>"$1"
+  [ -n "$took" ] || { skip; return 1; }         # it could not be opened
+  settle && [ "$took" = 0 ]
 }
 
 # True if everything above the path $1 is a directory and none of it a link: nothing is written, moved or
@@ -507,8 +507,9 @@ probes_first() {
   for p in * .[!.]* ..?*; do ! stands "./$p" || return 1; done
 }
 
-# The session: $1 what to run it with, $2 the nonce all answers begin with, $3 the replica, $4 the letters of
-# what it may do, $5 the remote hook, $6 the nonce of the session before, the rest for list.
+# The session: $1 the text of this program, which goes on in the best shell there is, or - where that is this
+# one; $2 the nonce all answers begin with, $3 the replica, $4 the letters of what it may do (g guards root
+# and home, c sums, d dry run), $5 the remote hook, $6 the nonce of the session before, the rest for list.
 main() {
   newline='
 '
@@ -588,7 +589,7 @@ main() {
     [ "$code" -lt 4 ] || code=1         # of a tool that was killed, or is not there
     case $code$verb in
       1bulk | 1meta) ;;                 # done in part elsewhere, perhaps; and meta needs no such mode
-      1*) [ -z "$checked" ] || ! closed "$checked" || code=2 ;;
+      1*) [ -z "$checked" ] || ! closed "$checked" || code=2 ;;         # we had opened it: somebody closed it
     esac
     echo "$nonce $id $code"
   done
@@ -644,8 +645,13 @@ class Lost(Exception):
     """This connection cannot go on; the text says why. Another may."""
 
 
+class Drifted(Lost):
+    """The far side is no longer what it listed: somebody changed the replica there. A new connection lists it
+    anew."""
+
+
 class Entry(NamedTuple):
-    """What stands at a path."""
+    """What stands at a path. Their order counts: [:5] is what the far side lists, [:6] all but the ctime."""
     kind: str                   # 'f', 'd', 'l', or '?': not known, something of ours or nothing
     mode: int = 0               # permission bits, 0 to 0o7777
     size: int = 0               # bytes; 0 for all but files
@@ -1213,7 +1219,6 @@ class Source:
         self.fresh: Set[str] = set()    # looked at so soon after a change that the next may keep the time
         self.replaced: Set[str] = set() # directories that were found to be others in this look
         self.names: Dict[Any, Tuple[str, ...]] = {}     # inode: the paths a file was last seen at
-        self.unlisted: Set[str] = set() # directories that could not be listed: what is in them is not known
         self.own_staging = ''           # the name of this session's staging, which must not turn up here
         self.rules_changed = True       # git is to be asked again
         self.git_asked_ns = 0
@@ -1225,14 +1230,18 @@ class Source:
     def made_ns(self, path: str) -> int:
         return made_ns(self.full(path))
 
+    @property
+    def unlisted(self) -> Set[str]:
+        """The directories of which not all could be looked at: what is in them is not known."""
+        return {path if stage == 'list' else parent(path)
+                for stage, path in self.report.problems if stage in ('look', 'list')}
+
     def hint(self, path: str, why: int, delay: float = 0, most: float = 0) -> None:
         """Has a path looked at: at once, or in `delay` seconds. Each call starts the delay anew, but not past
         `most` seconds after the first (0: no limit)."""
-        if not delay:
-            why = max(why, self.later.pop(path, (0, 0, 0))[2])
-            self.hints[path] = max(why, self.hints.get(path, 0))
-        elif path in self.hints:
-            self.hints[path] = max(why, self.hints[path])
+        if not delay or path in self.hints:
+            _, _, before = self.later.pop(path, (0, 0, 0))
+            self.hints[path] = max(why, before, self.hints.get(path, 0))
         else:
             now = time.monotonic()
             _, since, before = self.later.get(path, (0, now, 0))
@@ -1405,7 +1414,6 @@ class Source:
                 self.lose(path)
                 return False
             self.report.problem(path, 'cannot be looked at: ' + error.strerror, 'look')
-            self.unlisted.add(parent(path))
             return False
         self.report.solved(path, 'look')
         if not path:                    # however closed it is here, we must not lock ourselves out there
@@ -1474,7 +1482,6 @@ class Source:
         for stage, below in list(self.report.problems) if self.unlisted else ():
             if stage in ('look', 'list') and (below + '/').startswith(path + '/'):
                 self.report.solved(below, stage)
-                self.unlisted.discard(below)
 
     def forget_name(self, path: str) -> None:
         """Takes note that what was last seen at a path does not stand there any more."""
@@ -1508,13 +1515,11 @@ class Source:
                     continue
                 self.report.problem(directory, 'cannot be listed, so nothing in it is replicated or removed: '
                                     + error.strerror, 'list')
-                self.unlisted.add(directory)
                 continue
             before = self.tree.inside.get(directory)
             if before is None:          # it was replaced
                 continue
             self.report.solved(directory, 'list')
-            self.unlisted.discard(directory)
             if self.left_out.enter(directory, found):
                 self.follow_rules(self.now_ns, [directory])
             if self.left_out.git:       # which was just asked about all there was, if we began at the root
@@ -1547,11 +1552,6 @@ class Source:
         else:
             return True
         return False
-
-    def was_replaced(self) -> bool:
-        """Whether the root is not what was last looked at. inotify tells that it went only once nobody works
-        in it any more: so this is asked at each turn, at the latest with a heartbeat."""
-        return not self.gone and self.identity not in (None, self.root_identity())
 
     def root_identity(self) -> Optional[Tuple[int, int]]:
         """The root's device and inode; None if there is no directory."""
@@ -1835,23 +1835,21 @@ def believe(listed: Iterable[Tuple[str, Entry]], local: Tree, known: Tree,
     for path, entry in listed:
         if parent(path) not in remote.inside:
             continue                    # what is above is not ours
-        here = local.get(path)
-        before = known.get(path)
-        if here is not None and (before is None
-                                 or not is_another(before, here, functools.partial(made_ns, path))):
-            if entry.mtime_ns != here.mtime_ns and same_time(entry.mtime_ns, here.mtime_ns):
-                entry = entry._replace(mtime_ns=here.mtime_ns)
+        here, before = local.get(path), known.get(path)
+        if here is not None and before is not None and is_another(before, here,
+                                                                  functools.partial(made_ns, path)):
+            here = None
+        sent = here or before           # its time may have been rounded down over there
+        if sent is not None and entry.mtime_ns != sent.mtime_ns and same_time(entry.mtime_ns, sent.mtime_ns):
+            entry = entry._replace(mtime_ns=sent.mtime_ns)
+        if here is not None:
             if here[:5] == entry[:5]:
                 entry = here
-        elif path:
-            if before is None and not ours(path, entry):
-                continue
-            if before is not None and before.kind == entry.kind and (
-                    entry.kind == 'd'
-                    or before.size == entry.size and same_time(entry.mtime_ns, before.mtime_ns)):
-                same = same_time(entry.mtime_ns, before.mtime_ns)
-                entry = entry._replace(inode=before.inode, ctime_ns=before.ctime_ns,
-                                       mtime_ns=(before if same else entry).mtime_ns)
+        elif before is not None:
+            if before.kind == entry.kind and (entry.kind == 'd' or before[2:4] == entry[2:4]):
+                entry = entry._replace(inode=before.inode, ctime_ns=before.ctime_ns)
+        elif path and not ours(path, entry):
+            continue
         remote.put(path, entry)
     return remote
 
@@ -2035,6 +2033,7 @@ class Connection:
         # what the command wrote to its standard error
         self.complaints: Deque[str] = collections.deque(maxlen=3)
         self.can = ''                   # what the far side can do, once it made its staging
+        self.is_staged = False          # over there the staging stands, or will
         self.at_rest = False            # nothing over there is half-way, or staged
         try:
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
@@ -2062,6 +2061,8 @@ class Connection:
              done: Callable[[int, str, List[str]], None] = lambda code, said, values: None,
              is_slow: bool = False) -> None:
         self.number += 1
+        if verb in ('part', 'base', 'bulk', 'hook', 'rest'):    # see main in the receiver
+            self.is_staged = verb != 'rest'
         length = sum(map(len, payload))
         marker = os.urandom(6).hex()
         head = record(verb, self.number, words, paths, length, marker)
@@ -2588,6 +2589,14 @@ class Job:
         self.parts: Iterator[bool] = iter(())       # each sends a part (True), or waits for an answer (False)
 
 
+class Abilities(NamedTuple):
+    """What do_probe says of the far side, word by word."""
+    bulk: str                   # 'tar+'; 'tar', which sets no times of directories; or 'script'
+    times: str                  # 'fine', or 'whole' seconds
+    sum: str                    # the tool that makes sums, or '-'
+    acl: str                    # 'acl' where a default ACL rules, or '-'
+
+
 NEW = 'dir', 'file', 'link'
 VERBS = {'dir': ('make', 'made'), 'file': ('send', 'sent'), 'link': ('link', 'linked'),
          'meta': ('update', 'updated'), 'remove': ('remove', 'removed'), 'move': ('rename', 'renamed')}
@@ -2608,7 +2617,7 @@ class Replica:
         self.options, self.source, self.report = options, source, report
         self.far: Any = None                        # the Connection
         self.session = '-'                          # its nonce, for the next one
-        self.can: List[str] = []                    # what do_probe said, word by word
+        self.can: Optional[Abilities] = None        # from the probe on
         self.remote = Tree()
         self.mounts: Set[str] = set()               # directories over there on another file system
         # the backlog: paths still to be compared and sent, and why
@@ -2625,11 +2634,10 @@ class Replica:
         self.confirmed: Dict[str, None] = {}        # paths, since the hook last ran
         self.unhooked: Dict[str, None] = {}         # and since the remote hook last began
         self.last_sent: Dict[str, float] = {}       # for --update-interval
-        self.has_looked = False                     # once, to the end
-        self.since: Dict[str, int] = {}             # what changed from then to the first meeting
+        self.since: Optional[Dict[str, int]] = None         # what changed since the first look
         self.drifts = 0                             # in a row, without coming into step
         self.was_cut = False                        # the last connection ended while something was on its way
-        self.begun = self.was_writable = self.is_staged = self.announced = False
+        self.begun = self.announced = False         # begun: a first meeting came to its end
 
     # ---- a new connection
 
@@ -2645,9 +2653,7 @@ class Replica:
             source.hint_everything()    # nothing else tells what changed meanwhile
         changed = source.look()
         self.waiting.update(changed)
-        if self.has_looked:
-            self.since.update(changed)
-        self.has_looked = True
+        self.since = {} if self.since is None else {**self.since, **changed}
         while far.phase != 'live':
             far.turn(None, source.watch.fd)
             source.listen()
@@ -2682,10 +2688,10 @@ class Replica:
             hints = self.since
             self.excused.update(set(differences(source.tree, self.remote)) - hints.keys())
         self.remote.put('', self.remote.get('') or source.tree.get(''))
-        self.begun = True
         del far.listing[:]
         if options.watch:
             self.probe()                # now, rather than before the first edit
+        self.begun = True
         self.waiting.clear()
         if len(hints) > 1 and not options.dry_run:      # it has to wait for answers anyway
             far.send('beat')            # for how long is known from one that waits for nothing else
@@ -2779,9 +2785,10 @@ class Replica:
             self.unhooked.clear()
         self.excused.difference_update(self.waiting)
         self.was_cut = bool(self.far and self.far.flight)
-        for state in (self.waiting, self.jobs, self.flying, self.answers, self.can):
+        for state in (self.waiting, self.jobs, self.flying, self.answers):
             state.clear()
-        self.announced = self.is_staged = False
+        self.can = None
+        self.announced = False
 
     def probe(self) -> None:
         """Finds out what the far side can do, before the first record that needs to know. Raises Stop where
@@ -2796,14 +2803,13 @@ class Replica:
             self.far.turn(None)
         code, said, values = answers[0]
         if code:
-            raise (Lost if self.options.watch and (self.was_writable or self.options.wait) else Stop)(
+            raise (Lost if self.options.watch and (self.begun or self.options.wait) else Stop)(
                 'cannot write to %s over there: %s' % (shown(self.options.destination), said))
-        self.can = values[0].split()
-        self.is_staged = self.was_writable = True
+        self.can = Abilities(*values[0].split())
+        self.far.is_staged = True
         forget_time(self.remote, '')
-        here, there = os.path.realpath(self.source.root), os.path.realpath(self.options.destination)
-        if (os.path.lexists(os.path.join(here, self.far.staging))
-                or self.overlaps() and os.path.lexists(os.path.join(there, self.far.staging))):
+        if (os.path.lexists(self.source.full(self.far.staging))
+                or self.overlaps() and os.path.lexists(self.options.destination + '/' + self.far.staging)):
             raise Stop('the replica %s and its source %s are the same or one is inside the other: choose '
                        'another destination' % (shown(self.options.destination), shown(self.source.root)))
 
@@ -2814,7 +2820,6 @@ class Replica:
 
     def rest(self) -> None:
         """Has the far side remove its staging, and sets the root's time, which that changed."""
-        self.is_staged = False
         self.far.send('rest')
         forget_time(self.remote, '')
         announced = self.announced
@@ -2840,28 +2845,26 @@ class Replica:
                 remote.put(path, None)
         for path in changed if self.waiting else ():
             changed[path] = max(changed[path], self.waiting.pop(path, 0))
-        entries = {path: local.get(path) for path in changed}
-        size = sum(map(bulk_size, entries.values()))
-        self.report.expect(entries.values())
+        pairs = [(path, local.get(path), remote.get(path)) for path in changed]
+        size = sum(bulk_size(here) for _, here, _ in pairs)
+        self.report.expect([here for _, here, _ in pairs])
         if (len(changed) > BULK_PATHS or size > BULK_BYTES * 4) and not self.options.dry_run:
             # what went, what may have moved, and directories that are not for everybody any more
-            first = {path: why for path, why in changed.items()
-                     if entries[path] is None or entries[path].kind == 'd' and remote.get(path) is not None
-                     and (is_another(remote.get(path), entries[path])
-                          or keeps_out(remote.get(path), entries[path]))}
+            first = {path for path, here, there in pairs
+                     if here is None or here.kind == 'd' and there is not None
+                     and (is_another(there, here) or keeps_out(there, here))}
             movable = {remote.get(below).inode for path in first if remote.get(path) is not None
                        for below in (path, *remote.below(path))} - {None}
-            for path, here in entries.items() if movable else ():
-                if here is not None and here.inode in movable and remote.get(path) is None:
-                    first[path] = changed[path]
             edits = 0
-            for path, here in entries.items():
-                if here is not None and here.kind != 'd' and remote.get(path) is not None:
+            for path, here, there in pairs:
+                if here is not None and there is None and here.inode in movable:
+                    first.add(path)
+                elif here is not None and there is not None and here.kind != 'd':
                     edits += bulk_size(here) + 512
                     if edits < BULK_BYTES:      # an edit need not wait for what is new
-                        first[path] = changed[path]
-            self.waiting.update((path, changed[path]) for path in sorted(changed) if path not in first)
-            changed = first
+                        first.add(path)
+            self.waiting.update((path, changed[path]) for path in sorted(changed.keys() - first))
+            changed = {path: why for path, why in changed.items() if path in first}
         self.send(changed)
 
     def fill(self) -> bool:
@@ -2963,7 +2966,7 @@ class Replica:
                       lambda code, said, _: self.answered(steps, when, code, said), is_slow)
 
     def time_of(self, entry: Entry) -> str:
-        return seconds_of(entry.mtime_ns or 0, self.can[1] == 'fine')
+        return seconds_of(entry.mtime_ns or 0, self.can.times == 'fine')
 
     def send_metas(self, steps: List[Step]) -> None:
         """Those that let the owner into a directory go first, one by one: others may be for what is in it.
@@ -3027,7 +3030,7 @@ class Replica:
         """One by itself; of a file its bytes, or the name under which it is staged."""
         entry, path = step.entry, wire(step.path)
         if step.verb == 'file':         # the umask alone gives a new file most modes, where it means anything
-            plain = name == '-' and not entry.mode & ~0o666 and self.can[3] != 'acl'
+            plain = name == '-' and not entry.mode & ~0o666 and self.can.acl != 'acl'
             mode = '-' if plain else '%05o' % entry.mode
             words = umask_for(entry.mode), mode, self.time_of(entry), name
             self.post('file', words, [path], [step], [data],
@@ -3046,7 +3049,6 @@ class Replica:
             for step, data in batch:
                 self.send_one(step, data)
             return
-        self.is_staged = True
         numbers: Dict[str, bytes] = {}          # directory that stands there: its name in the staging
         inside: Dict[str, bytes] = {}           # new directory: its name in the staging
         top = Entry('d', 0o700)
@@ -3064,15 +3066,15 @@ class Replica:
             if step.verb == 'dir':
                 inside[step.path] = name_there
                 here = self.source.tree.get(step.path)
-                if here is not None and here.mode == step.entry.mode and self.can[0] != 'tar':
+                if here is not None and here.mode == step.entry.mode and self.can.bulk != 'tar':
                     self.settled[step.path] = here
             members.append((name_there, step.entry, data))
-        if self.can[0] == 'script':
-            kind, payload = 'script', script(members, self.can[1] == 'fine')
+        if self.can.bulk == 'script':
+            kind, payload = 'script', script(members, self.can.times == 'fine')
         else:
             kind, payload = 'tar', archive(members)
         self.post('bulk', (kind,), [wire(path) for path in numbers], [step for step, _ in batch], [payload])
-        if self.can[0] == 'tar':        # busybox's: no times but of files, and setuid and setgid only if root
+        if self.can.bulk == 'tar':      # busybox's: no times but of files, and setuid and setgid only if root
             self.send_metas([step._replace(verb='meta', detail='t' if step.verb == 'link' else 'm',
                                            before=step.entry)
                              for step, _ in batch if step.verb == 'link' or step.entry.mode & 0o6000])
@@ -3134,7 +3136,6 @@ class Replica:
     # ---- large files
 
     def start_job(self, step: Step) -> None:
-        self.is_staged = True
         job = self.jobs[step.path] = Job('part%d' % next(self.job_numbers), step)
         job.parts = self.upload(job)
         take_back(self.remote, step)
@@ -3211,7 +3212,7 @@ class Replica:
         """Has the far side stage what stands there, and sends the blocks that differ. Yields how far it came;
         0 while it waits, and at last if there is nothing to begin with: then the file is sent whole."""
         common = min(job.step.entry.size, job.step.before.size if job.step.before is not None else 0)
-        if common <= BULK_BYTES or self.can[2] == '-':
+        if common <= BULK_BYTES or self.can.sum == '-':
             return
         import hashlib
         block = min(SUMS_BYTES, BLOCK * -(-common // (BLOCK * 256)))
@@ -3239,7 +3240,7 @@ class Replica:
                 except OSError as error:
                     job.fault = error
                     return
-                if hashlib.new(self.can[2][:-3], data).hexdigest() != there:
+                if hashlib.new(self.can.sum[:-3], data).hexdigest() != there:
                     most = max(BLOCK, self.far.record_bytes * 2 // BLOCK * BLOCK)
                     for start in range(at, at + block, most):
                         part(str(start // BLOCK), start, min(most, at + block - start))
@@ -3251,7 +3252,6 @@ class Replica:
     def answered(self, steps: List[Step], when: float, code: int, said: str) -> None:
         """Confirms steps, or says why they failed. Raises Drifted where the far side is not as it was listed,
         unless that comes from a step of ours that failed while this was on its way."""
-        del self.flying[id(steps)]
         if code in (0, 3):
             took_ms = (time.monotonic() - when) * 1000
             for step in steps:
@@ -3261,10 +3261,13 @@ class Replica:
                 self.report.warn('%s: the far side says: %s' % (shown(steps[0].path), said))
         if code:
             code = self.failed_there(steps, code, said)
+        del self.flying[id(steps)]      # only now: see lost() for what is not known to be done
         if code or self.answers:
             self.answers.append((steps, code))
-        if self.answers and not self.flying:
-            self.take_stock()
+        if self.answers and not self.flying:        # all is answered: what differs by now is sent
+            answers, self.answers = self.answers, []
+            recover(self.remote, answers)
+            self.look_again(self.differing())
 
     def failed_there(self, steps: List[Step], code: int, said: str) -> int:
         """Says why steps failed, and when they are to be tried again. Returns the code, or 0 for what is as
@@ -3274,9 +3277,10 @@ class Replica:
         in_the_way = only.verb == 'remove' and stood in ('d', '?') and re.search('not empty|busy', said, re.I)
         if stood in ('f', 'l') and re.search('not empty', said, re.I):
             code = 2                    # a directory stands where none did
-        if code == 2 and not follows and self.drifts < DRIFTS_MOST:
+        if code == 2 and follows:       # for want of another that failed: it is planned anew
+            return code
+        if code == 2 and self.drifts < DRIFTS_MOST:
             self.drifts += 1
-            self.answers.append((steps, code))
             raise Drifted('%s: %s' % (shown(only.path), said or 'it is not there any more'))
         if code == 1 and in_the_way and not follows and not self.remote.inside.get(only.path):
             if self.source.tree.get(only.path) is None:     # else what is to stand there says so
@@ -3284,8 +3288,6 @@ class Replica:
             self.report.solved(only.path, 'send')
             self.tries.pop(only.path, None)
             return 0
-        if code == 2 and follows:       # for want of another that failed: it is planned anew
-            return code
         if code == 3 or code == 1 and only.verb == 'meta' and len(steps) == 1:
             if only.verb == 'meta' and only.detail == 't' and only.entry.kind == 'd':
                 # Only its owner may set it, so one more try is enough, until something changes in it.
@@ -3301,13 +3303,6 @@ class Replica:
         else:
             self.failed(only.path, said or 'it could not be done over there')
         return code
-
-    def take_stock(self) -> None:
-        """After a failure, once all that was on its way is answered: has `remote` hold what the answers say,
-        and what differs sent."""
-        answers, self.answers = self.answers, []
-        recover(self.remote, answers)
-        self.look_again(self.differing())
 
     def look_again(self, paths: Iterable[str]) -> None:
         """Has these compared, but for what waits for its turn or its next try."""
@@ -3372,7 +3367,6 @@ class Replica:
             hooks.queue.put(self.confirmed.copy())
         self.confirmed.clear()
         if self.unhooked and self.options.remote_hook:
-            self.is_staged = True
             self.far.send('hook', (), (), [names_of(self.unhooked)], self.remote_hook_ended)
         else:
             self.unhooked.clear()
@@ -3391,11 +3385,6 @@ class Replica:
                     or on_its_way and not sent_is_enough
                     or not self.source.gone
                     and any(not self.tries.get(path) for path in self.source.later))
-
-
-class Drifted(Lost):
-    """The far side is no longer what it listed: somebody changed the replica there. A new connection lists it
-    anew."""
 
 
 # ==== 10. The program =======================================================================================
@@ -3454,14 +3443,15 @@ def keep_in_step(options: Options, source: Source, replica: Replica, hooks: Hook
         if polled and time.monotonic() >= next_look:
             source.hint_everything()
             next_look = time.monotonic() + poll_seconds
-        if source.was_replaced():
+        # inotify tells that the root went only once nobody works in it any more
+        if not source.gone and source.root_identity() != source.identity:
             source.hint_everything()
         busy = False
         if not replica.answers:         # else it has to be known first what became of what was sent
             if (source.hints or source.rules_changed) and not replica.far.is_crowded():
                 replica.take_in(source.look())
             busy = replica.fill()
-        if not busy and replica.is_staged and replica.is_idle(sent_is_enough=not options.watch):
+        if not busy and replica.far.is_staged and replica.is_idle(sent_is_enough=not options.watch):
             replica.rest()
         elif not busy and replica.is_idle():
             if not replica.announced:
@@ -3709,7 +3699,7 @@ def main(argv: Sequence[str]) -> int:
     gc.set_threshold(100000)
     try:
         return replicate(parse(argv))
-    except (Stop, Lost) as why:
+    except Stop as why:
         to_stderr('file_replicator: %s\n' % why)
         return 1
     except Stopped:
