@@ -599,7 +599,7 @@ main() {
 
 # ==== 2. Words ==============================================================================================
 
-BULK_BYTES = 1 << 20            # the largest file that travels whole
+BULK_BYTES = 1 << 20            # the largest file that travels whole; over a slow link less
 BULK_PATHS = 1000               # in one record, at most
 RECORD_BYTES = 4 << 20          # of the backlog in one record, at most: large ones save processes over there
 LEAST_BYTES = 1 << 14           # the same, however slow the link
@@ -626,8 +626,9 @@ DRIFTS_MOST = 9                 # in a row: then what is not as it was listed is
 POLL_SECONDS = 2                # between two looks at everything, where there is no inotify
 STAGING = re.compile(r'\.file_replicator\.[0-9a-f]{12}(-new)?')
 
-# what a hint says: the mode or time changed; look; bytes changed (or: look below)
-META, LOOK, CONTENT = 1, 2, 3
+# what a hint says: the mode or time changed; look; it may be another file, so its inode counts; bytes changed
+# (or: look below)
+META, LOOK, OTHER, CONTENT = 1, 2, 3, 4
 
 
 Options = argparse.Namespace    # what parse() returns: the options by name, source, destination, command
@@ -977,7 +978,8 @@ class LeftOut:
         self.git: Dict[str, Git] = {}       # the top of each work tree below the root: what knows it
         self.alone: Dict[str, RulesAlone] = {}
         self.ignored: Set[str] = set()
-        # what was ever found to be left out, or was there and not ours, or would be left out if it were
+        # paths, since only those show what a rename would take along: out of patterns, what was ever found to
+        # be left out, and what stood over there and was not ours
         self.known = {pattern.strip('/') for pattern in patterns if '/' in pattern.rstrip('/')}
         self.has_git = any(os.access(os.path.join(d, 'git'), os.X_OK) for d in os.get_exec_path())
 
@@ -1128,7 +1130,8 @@ def is_directory(item: os.DirEntry[str]) -> bool:
 
 class Watch:
     """Listens to directories by inotify. Paths are relative to the root. Where there is no inotify, or not
-    enough of it, `fd` is None and `why_not` says why: everything has to be looked at now and then."""
+    enough of it, `fd` is None and `why_not` says why, unless it was not wanted: everything has to be looked
+    at now and then. What begins with \\0 is no path in the tree, but where rules of git's stand."""
 
     def __init__(self, wanted: bool):
         self.why_not = ''
@@ -1434,12 +1437,12 @@ class Source:
         before = self.tree.get(path)
         if before != entry:
             self.changed.setdefault(path, LOOK)
-            # Only its ctime is another, and no event told why; or it cannot tell, as one in seconds; or
-            # another file of the same ctime stands in a directory that came in place of the one before.
+            # Only its ctime is another, and no event told why; or it cannot tell, as one in seconds.
             if kind == 'f' and before is not None and (
-                    before.ctime_ns == entry.ctime_ns if why else before[:6] == entry[:6]
-                    or before.inode != entry.inode and is_below(path, self.replaced)):
+                    before.ctime_ns == entry.ctime_ns if why else before[:6] == entry[:6]):
                 self.changed[path] = CONTENT
+            elif kind == 'f' and before is not None and is_below(path, self.replaced):
+                self.changed[path] = max(OTHER, self.changed[path])
             elif kind == 'd' and before is not None and is_another(before, entry):
                 self.replaced.add(path)
             if before is not None and before.kind == 'd' and kind != 'd':
@@ -1671,13 +1674,13 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
          may_move: Callable[[str, str], bool] = lambda old, new: True) -> List[Step]:
     """The steps that make `remote` equal to `local` at these paths, in the order they must be taken; `remote`
     is changed as they will change it. A hint of CONTENT has a file sent even if size and time are the same,
-    META has only mode and time set where only they differ. Without `delete`, what is only in `remote` stays,
-    but for what a session left of its own, and moves are copies. What is in the `unlisted` directories of
-    `local` is not known, so it stays too.
+    OTHER if then its inode is another, META has only mode and time set where only they differ. Without
+    `delete`, what is only in `remote` stays, but for what a session left of its own, and moves are copies.
+    What is in the `unlisted` directories of `local` is not known, so it stays too.
     `made_ns` says when what stands here was made, 0 if that is not known; `may_move`, whether over there
     something may be renamed; they are asked only where it decides."""
     steps: List[Step] = []
-    passed: Set[Tuple[str, int]] = set()        # directories whose owner may do this with them
+    passed: Set[Tuple[str, int]] = set()        # directories that give their owner these bits by now
     disturbed: Set[str] = set()         # directories whose mode and time have to be compared at the end
 
     def take(verb: str, path: str, entry: Optional[Entry], detail: str = '') -> None:
@@ -1788,7 +1791,8 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
                                          or there.mtime_ns != here.mtime_ns
                                          and (paths[path] != META or there.mtime_ns is None)
                                          or is_another(there, here, functools.partial(made_ns, path))
-                                         or there.inode != here.inode and is_below(path, replaced))):
+                                         or there.inode != here.inode
+                                         and (paths[path] == OTHER or is_below(path, replaced)))):
             take({'f': 'file', 'l': 'link'}[here.kind], path, here)
         else:
             set_meta(take, remote, path, there, here)
@@ -2568,7 +2572,7 @@ class Hooks:
             self.report.warn('the hook ended with status %d' % self.process.returncode)
 
     def stop(self) -> None:
-        """Ends what runs; what it left running stays."""
+        """Ends a hook that runs, with all it started. What one that ended left running stays."""
         self.queue.queue.clear()
         if self.process and self.process.returncode is None:
             with contextlib.suppress(OSError):
@@ -2675,7 +2679,7 @@ class Replica:
         self.remote = believe(self.listed(), source.tree, self.remote, self.is_ours, source.made_ns)
         if far.can or self.overlaps() and not options.dry_run:
             self.probe()                # before anything is touched
-        hints = {path: why for path, why in self.waiting.items() if why == CONTENT}
+        hints = {path: CONTENT for path, why in self.waiting.items() if why in (OTHER, CONTENT)}
         self.excused.difference_update(self.waiting)
         if self.begun or options.initial:
             if options.clean_out and not self.begun:
@@ -2777,7 +2781,7 @@ class Replica:
             if step.verb == 'file' or step.verb == 'move' and step.before is not None:
                 self.source.hint(step.path, CONTENT)        # what stood there may look the same
         for path, why in self.waiting.items():
-            if why == CONTENT:
+            if why in (OTHER, CONTENT):         # what is listed has no inode of ours
                 self.source.hint(path, CONTENT)
         for path in self.jobs:
             self.source.hint(path, CONTENT)
