@@ -1256,6 +1256,10 @@ class Source:
         self.hints[''] = CONTENT
         self.rules_changed = True
 
+    def has_hints(self) -> bool:
+        """Whether something is to be looked at now."""
+        return bool(self.hints) or self.rules_changed and not self.gone
+
     def listen(self) -> None:
         """Turns what inotify says into hints."""
         if self.watch.fd is None:
@@ -2206,7 +2210,7 @@ class Connection:
                 self.phase = 'listing'
                 # At least that fast: so no record takes too long, even if ssh packed the program to a fourth.
                 rate = self.program_bytes / (time.monotonic() - self.started)
-                self.record_bytes = min(self.record_bytes, max(LEAST_BYTES, int(rate * SILENT_SECONDS / 12)))
+                self.record_bytes = min(self.record_bytes, max(2 * BLOCK, int(rate * SILENT_SECONDS / 12)))
             else:
                 self.listing = os.fsdecode(bytes(before)).split(self.nonce + ' ')
                 # what the far side says of itself comes first, see main in the receiver
@@ -3452,7 +3456,7 @@ def keep_in_step(options: Options, source: Source, replica: Replica, hooks: Hook
             source.hint_everything()
         busy = False
         if not replica.answers:         # else it has to be known first what became of what was sent
-            if (source.hints or source.rules_changed) and not replica.far.is_crowded():
+            if source.has_hints() and not replica.far.is_crowded():
                 replica.take_in(source.look())
             busy = replica.fill()
         if not busy and replica.far.is_staged and replica.is_idle(sent_is_enough=not options.watch):
@@ -3471,8 +3475,7 @@ def keep_in_step(options: Options, source: Source, replica: Replica, hooks: Hook
         wait = source.due(now)          # only now: the above may have put off something
         if polled:
             wait = min(next_look - now, wait if wait is not None else 1e9)
-        more = (source.hints or source.rules_changed and not source.gone) and not (
-            replica.answers or replica.far.is_crowded())
+        more = source.has_hints() and not replica.answers and not replica.far.is_crowded()
         replica.far.turn(0 if busy or more else wait, source.watch.fd)
         report.moved(0)
         source.listen()

@@ -7403,7 +7403,7 @@ def test_no_record_is_so_large_that_a_slow_link_seems_dead(tmp_path):
     source, there = option_source(tmp_path, 'a', 'b', 'c')
     for name, size in (('a', 250000), ('b', 11000), ('c', 261000)):
         write(str(source / name), os.urandom(size))
-    assert first() < 100000
+    assert first() < 300000
     for path in (source, there):
         with open(str(path / 'large'), 'wb') as file:
             file.truncate(80 << 20)
@@ -7411,7 +7411,7 @@ def test_no_record_is_so_large_that_a_slow_link_seems_dead(tmp_path):
     with open(str(source / 'large'), 'r+b') as file:
         file.seek(50 << 20)
         file.write(b'changed')
-    assert first() < 100000
+    assert first() < 300000
     until_equal(str(source), str(there))
 
 
@@ -7423,25 +7423,27 @@ def test_a_directory_gets_its_time_once_though_the_backlog_comes_into_it_in_many
     until_equal(str(source), str(there))
 
 
-def test_parts_of_a_patch_fall_where_they_belong_however_large_a_record_may_be(tmp_path):
+@pytest.mark.parametrize('seconds', ['0.1', '0.2', '0.3'])
+def test_parts_of_a_patch_fall_where_they_belong_whatever_size_a_record_may_have(tmp_path, seconds):
     source, there = option_source(tmp_path)
-    first = os.urandom(20 << 20)
-    for path, number in ((source, 2), (there, 1)):
-        write(str(path / 'large'), first, mtime_ns=number * 10**18)
+    for path in (source, there):
+        os.makedirs(str(path), exist_ok=True)
+        with open(str(path / 'large'), 'wb') as file:
+            file.truncate(100 << 20)
+        os.utime(str(path / 'large'), (1, 1))
     with open(str(source / 'large'), 'r+b') as file:
-        file.seek(10**6)
-        file.write(os.urandom(300000))
-    for seconds in ('0.7', '1', '1.3'):
-        once('--no-replicate-on-change', source, there.parent, 'sh', '-c', 'sleep %s; exec bash' % seconds)
-        assert not difference(str(source), str(there))
-        write(str(there / 'large'), first, mtime_ns=10**18)
+        for place in (10**6, 5 * 10**7):
+            file.seek(place)
+            file.write(os.urandom(10**6))
+    once('--no-replicate-on-change', source, there.parent, 'sh', '-c', 'sleep %s; exec bash' % seconds)
+    assert not difference(str(source), str(there))
 
 
 def test_many_tiny_files_are_no_large_record(tmp_path):
     """An archive needs two kilobytes for each, and more for a long name."""
     source, there = option_source(tmp_path, *('%0180d' % number for number in range(200)))
     done = once('--debugging', '--no-replicate-on-change', source, there.parent, 'sh', '-c', 'sleep 2; exec bash')
-    assert int(re.search(r' record bulk .*\\n([1-9]\d*) [0-9a-f]+\\n$', done.stderr, re.M)[1]) < 100000
+    assert int(re.search(r' record bulk .*\\n([1-9]\d*) [0-9a-f]+\\n$', done.stderr, re.M)[1]) < 400000
     until_equal(str(source), str(there))
 
 
