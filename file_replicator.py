@@ -943,8 +943,7 @@ class RulesAlone(Git):
             self.room = tempfile.TemporaryDirectory(prefix='file_replicator.git.')
         self.top = os.path.join(self.room.name, os.path.relpath(self.here, self.work_tree))
         self.environment = {'GIT_DIR': self.directory, **self.environment, 'GIT_WORK_TREE': self.room.name}
-        self.looked_in: Set[str] = {''}
-        self.directories: Set[str] = {''}       # of these, what is one here
+        self.is_directory = {'': True}          # each that is above a path: whether it is one here, too
         for directory in [self.here, *(self.above if self.directory else ())]:
             self.copy_rules(directory)
 
@@ -959,11 +958,12 @@ class RulesAlone(Git):
                 file.write(rules)
 
     def ignores(self, paths: Sequence[str]) -> Set[str]:
-        for directory in sorted({each for path in paths for each in ancestors(path)} - self.looked_in):
-            self.looked_in.add(directory)
+        above = {directory for path in paths for directory in ancestors(path)}
+        for directory in sorted(above - self.is_directory.keys()):
             full = os.path.join(self.here, directory)
-            if parent(directory) in self.directories and os.path.isdir(full) and not os.path.islink(full):
-                self.directories.add(directory)
+            is_one = self.is_directory[parent(directory)] and os.path.isdir(full) and not os.path.islink(full)
+            self.is_directory[directory] = is_one
+            if is_one:
                 self.copy_rules(full)
         return super().ignores(paths)
 
