@@ -499,12 +499,15 @@ end_session() {
   done 2>/dev/null
 }
 
-# True if the probe comes before the listing: if nothing is in the replica, since all will be sent then; and
-# if a staging is, since its session, which may still be at work though who started it was killed, ends by
-# that.
-probes_first() {
-  for p in ./.file_replicator.????????????; do ! stands "$p" || return 0; done
-  for p in * .[!.]* ..?*; do ! stands "./$p" || return 1; done
+# True if nothing is in the replica.
+empty() { for p in * .[!.]* ..?*; do ! stands "./$p" || return 1; done; }
+
+# True if the staging of another session is there.
+crowded() {
+  for p in ./.file_replicator.????????????; do
+    case ${p#./.file_replicator.} in *[!0-9a-f]*) ;; *) ! stands "$p" || return 0 ;; esac
+  done
+  return 1
 }
 
 # The session: $1 the text of this program, which goes on in the best shell there is, or - where that is this
@@ -564,9 +567,14 @@ main() {
   trap leave 0 HUP INT TERM PIPE
   echo
   echo "$nonce ready"
+  # The session of a staging may still be at work, though who started it was killed: by the probe it ends
+  # before we list.
   case $flags in
     *d*) ;;
-    *) ! probes_first || do_probe || { keep_stage; give_up "cannot write there"; } ;;
+    *)
+      if empty; then do_probe || { keep_stage; give_up "cannot write there"; }; fi
+      ! crowded || [ -n "$staged" ] || do_probe
+      ;;
   esac
   list_mounts
   list "$@"
@@ -811,6 +819,8 @@ def empty_repository() -> Any:
 class Git:
     """What git ignores in one work tree, or in a directory that is in none, as rules and index are now."""
 
+    unknown = False                     # whether to leave out what it does not judge
+
     def __init__(self, top: str):
         self.top = os.path.abspath(top)
         self.environment = {name: value for name, value in os.environ.items()
@@ -903,7 +913,7 @@ class Git:
             ended = self.asking.wait()
             self.close()
             if ended >= 0:              # below, it was killed
-                return False
+                return self.unknown
         # Some versions crash where they tell the source of a pattern above some twenty directories.
         return bool(self.run('check-ignore', '-z', '--stdin', given=b'./' + os.fsencode(path) + b'\0'))
 
@@ -932,30 +942,34 @@ class Git:
 
 class RulesAlone(Git):
     """The rules of a work tree in a directory where nothing else stands: of what is behind a link git says
-    nothing, but what stands over there may be behind what is a link only here."""
+    nothing, but what stands over there may be behind what is a link only here. What git cannot judge even so
+    is left out."""
 
-    def __init__(self, top: str):
+    unknown = True
+
+    def __init__(self, git: Git):
         import tempfile
-        super().__init__(top)
-        self.here = os.path.realpath(top)
+        self.directory, self.above, self.asking = git.directory, git.above, None
+        self.here = os.path.realpath(git.top)
         self.work_tree = self.above[-1] if self.directory and self.above else self.here
         with needing_room():
             self.room = tempfile.TemporaryDirectory(prefix='file_replicator.git.')
         self.top = os.path.join(self.room.name, os.path.relpath(self.here, self.work_tree))
-        self.environment = {'GIT_DIR': self.directory, **self.environment, 'GIT_WORK_TREE': self.room.name}
+        self.environment = {'GIT_DIR': self.directory, **git.environment, 'GIT_WORK_TREE': self.room.name}
         self.is_directory = {'': True}          # each that is above a path: whether it is one here, too
         for directory in [self.here, *(self.above if self.directory else ())]:
             self.copy_rules(directory)
 
     def copy_rules(self, directory: str) -> None:
         there = os.path.join(self.room.name, os.path.relpath(directory, self.work_tree))
-        rules = b''
+        rules = None                    # none here: git may know some from its index
         with contextlib.suppress(OSError), open_plain(directory + '/.gitignore') as file:
-            rules = file.read() or b''
+            rules = file.read()
         with needing_room():
             os.makedirs(there, exist_ok=True)
-            with open(there + '/.gitignore', 'wb') as file:
-                file.write(rules)
+            if rules is not None:
+                with open(there + '/.gitignore', 'wb') as file:
+                    file.write(rules)
 
     def ignores(self, paths: Sequence[str]) -> Set[str]:
         above = {directory for path in paths for directory in ancestors(path)}
@@ -1027,13 +1041,20 @@ class LeftOut:
                 top = parent(top)
             inside.setdefault(top, []).append(path[len(top) + 1:] if top else path)
         for top, names in inside.items():
+            ignored = self.ignores(top, names)
             if gone:
-                alone = self.alone[top] = self.alone.get(top) or RulesAlone(os.path.join(self.root, top))
-                ignored = alone.ignores(names)
-                ignored.update(name[:-3] for name in alone.ignores([name + '/.\x7f' for name in names]))
-            else:
-                ignored = self.git[top].ignores(names)
+                ignored.update(name[:-3] for name in self.ignores(top, [name + '/.\x7f' for name in names]))
             self.ignored.update(top + '/' + name if top else name for name in ignored)
+
+    def ignores(self, top: str, names: List[str]) -> Set[str]:
+        """Which of these paths in a work tree git leaves out."""
+        behind = [name for name in names
+                  if any(os.path.islink(os.path.join(self.root, top, above)) for above in ancestors(name))]
+        ignored = self.git[top].ignores([name for name in names if name not in behind] if behind else names)
+        if behind:
+            self.alone[top] = self.alone.get(top) or RulesAlone(self.git[top])
+            ignored.update(self.alone[top].ignores(behind))
+        return ignored
 
     def within(self, path: str, is_directory: bool = False) -> bool:
         """Whether a path or anything above it is left out: for paths that stand only over there."""
@@ -1110,12 +1131,13 @@ def statx() -> Tuple[Callable, Callable]:
 
 
 def made_ns(path: str) -> int:
-    """When what stands at a path was made, in nanoseconds; 0 if system or file system do not say."""
+    """When what stands at a path was made, in nanoseconds; 0 if system or file system do not say. What is
+    gone is no older than anything."""
     call, room = statx()
     status = room(256)
     here, no_follow, made = -100, 0x100, 0x800          # AT_FDCWD, AT_SYMLINK_NOFOLLOW, STATX_BTIME
     if call(here, os.fsencode(path), no_follow, made, status):
-        return 0
+        return 0 if os.path.lexists(path) else 1 << 62
     known, seconds, nanoseconds = struct.unpack_from('=I76xqI', status)
     return seconds * 10**9 + nanoseconds if known & made else 0
 
@@ -1222,6 +1244,7 @@ class Source:
         self.fresh: Set[str] = set()    # looked at so soon after a change that the next may keep the time
         self.replaced: Set[str] = set() # directories that were found to be others in this look
         self.names: Dict[Any, Tuple[str, ...]] = {}     # inode: the paths a file was last seen at
+        self.unlisted: Set[str] = set() # directories that could not be listed: what is in them is not known
         self.own_staging = ''           # the name of this session's staging, which must not turn up here
         self.rules_changed = True       # git is to be asked again
         self.git_asked_ns = 0
@@ -1232,12 +1255,6 @@ class Source:
 
     def made_ns(self, path: str) -> int:
         return made_ns(self.full(path))
-
-    @property
-    def unlisted(self) -> Set[str]:
-        """The directories of which not all could be looked at: what is in them is not known."""
-        return {path if stage == 'list' else parent(path)
-                for stage, path in self.report.problems if stage in ('look', 'list')}
 
     def hint(self, path: str, why: int, delay: float = 0, most: float = 0) -> None:
         """Has a path looked at: at once, or in `delay` seconds. Each call starts the delay anew, but not past
@@ -1421,6 +1438,7 @@ class Source:
                 self.lose(path)
                 return False
             self.report.problem(path, 'cannot be looked at: ' + error.strerror, 'look')
+            self.unlisted.add(parent(path))
             return False
         self.report.solved(path, 'look')
         if not path:                    # however closed it is here, we must not lock ourselves out there
@@ -1489,6 +1507,7 @@ class Source:
         for stage, below in list(self.report.problems) if self.unlisted else ():
             if stage in ('look', 'list') and (below + '/').startswith(path + '/'):
                 self.report.solved(below, stage)
+                self.unlisted.discard(below)
 
     def forget_name(self, path: str) -> None:
         """Takes note that what was last seen at a path does not stand there any more."""
@@ -1522,11 +1541,13 @@ class Source:
                     continue
                 self.report.problem(directory, 'cannot be listed, so nothing in it is replicated or removed: '
                                     + error.strerror, 'list')
+                self.unlisted.add(directory)
                 continue
             before = self.tree.inside.get(directory)
             if before is None:          # it was replaced
                 continue
             self.report.solved(directory, 'list')
+            self.unlisted.discard(directory)
             if self.left_out.enter(directory, found):
                 self.follow_rules(self.now_ns, [directory])
             if self.left_out.git:       # which was just asked about all there was, if we began at the root
@@ -2643,6 +2664,7 @@ class Replica:
         self.unhooked: Dict[str, None] = {}         # and since the remote hook last began
         self.last_sent: Dict[str, float] = {}       # for --update-interval
         self.since: Optional[Dict[str, int]] = None         # what changed since the first look
+        self.unsure: Set[str] = set()               # where something may still stand that was about to go
         self.drifts = 0                             # in a row, without coming into step
         self.was_cut = False                        # the last connection ended while something was on its way
         self.begun = self.announced = False         # begun: a first meeting came to its end
@@ -2684,6 +2706,8 @@ class Replica:
         if far.can or self.overlaps() and not options.dry_run:
             self.probe()                # before anything is touched
         hints = {path: CONTENT for path, why in self.waiting.items() if why in (OTHER, CONTENT)}
+        # what stands there may look as what came there since, so that is sent
+        hints.update((path, CONTENT) for path in self.unsure if source.tree.get(path) is not None)
         self.excused.difference_update(self.waiting)
         if self.begun or options.initial:
             if options.clean_out and not self.begun:
@@ -2693,13 +2717,14 @@ class Replica:
                     source.listen()
             self.compare(hints)
         else:
-            hints = self.since
+            hints = {path: CONTENT if why == OTHER else why for path, why in self.since.items()}
             self.excused.update(set(differences(source.tree, self.remote)) - hints.keys())
         self.remote.put('', self.remote.get('') or source.tree.get(''))
         del far.listing[:]
         if options.watch:
             self.probe()                # now, rather than before the first edit
         self.begun = True
+        self.unsure.clear()
         self.waiting.clear()
         if len(hints) > 1 and not options.dry_run:      # it has to wait for answers anyway
             far.send('beat')            # for how long is known from one that waits for nothing else
@@ -2711,8 +2736,8 @@ class Replica:
         root_device = None
         for path, entry, device in self.far.entries():
             staging = STAGING.fullmatch(path.partition('/')[0])
-            if staging and not staging[1]:
-                continue                # the probe removes it, or made it
+            if staging and not staging[1] and (self.options.dry_run or path.startswith(self.far.staging)):
+                continue                # the probe would remove it, or made it
             # what could not be read here is not what is not here; of what is mounted only ours is removed
             if self.source.tree.get(path) is None and (
                     is_below(path, unlisted) or self.remote.get(path) is None
@@ -2871,7 +2896,10 @@ class Replica:
                     edits += bulk_size(here) + 512
                     if edits < BULK_BYTES:      # an edit need not wait for what is new
                         first.add(path)
-            self.waiting.update((path, changed[path]) for path in sorted(changed.keys() - first))
+            exchanged = {path for path, here, there in pairs
+                         if here is not None and there is not None and is_another(there, here)}
+            self.waiting.update((path, max(OTHER if is_below(path, exchanged) else META, changed[path]))
+                                for path in sorted(changed.keys() - first))
             changed = {path: why for path, why in changed.items() if path in first}
         self.send(changed)
 
@@ -3331,6 +3359,7 @@ class Replica:
                 self.remote.put(directory, Entry('d', 0o700))
         if self.remote.get(path) is None:
             self.remote.put(path, UNKNOWN)
+        self.unsure.add(path)
 
     def failed(self, path: str, why: str, hint: int = CONTENT) -> None:
         """Says once why a path could not be replicated ('': that was said already), and has it tried again if

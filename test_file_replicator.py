@@ -7462,6 +7462,42 @@ def test_directories_of_files_with_equal_sizes_and_times_change_places_though_th
         until_equal(str(source), str(there), running=running)
 
 
+@pytest.mark.parametrize('first, then', [('mv a/f x', 'mv b/f a/f; mv x b/f'), ('mv a x', 'mv b a; mv x b'), ('mv a x', 'mv b a'),
+                                         ('rm -r a', 'mkdir a; echo 3 >a/f; touch -d @1 a/f a')])
+@pytest.mark.parametrize('at_once', [True, False])
+def test_what_came_where_another_was_about_to_go_when_the_connection_ended_is_sent(tmp_path, first, then, at_once):
+    source, there = option_source(tmp_path, 'a/f', 'b/f')
+    subprocess.run(['sh', '-c', 'touch -d @1 a/f b/f a b'], cwd=str(source), check=True)
+    with option_watching(tmp_path, '--debugging') as running:
+        before = len(running.err())
+        for pid in running.connections():
+            os.kill(pid, signal.SIGSTOP)
+        subprocess.run(['sh', '-c', first + (';' + then if at_once else '')], cwd=str(source), check=True)
+        until(lambda: re.search(' record (move|remove|file) ', running.err()[before:]), 10, running.log)
+        if not at_once:
+            subprocess.run(['sh', '-c', then], cwd=str(source), check=True)
+        running.cut()
+        until_equal(str(source), str(there), running=running)
+
+
+def test_what_git_leaves_out_over_there_of_a_broken_repository_stays(tmp_path):
+    source, there = option_source(tmp_path, 'a')
+    write(str(source / '.gitignore'), '*.o\n')
+    write(str(source / '.git'), 'gitdir: /nonexistent/of/it\n')
+    write(str(there / 'theirs.o'))
+    option_once(tmp_path, '--mirror')
+    assert option_paths(there) == ['.gitignore', 'a', 'theirs.o']
+
+
+def test_a_stale_staging_in_a_replica_that_may_not_be_written_is_no_reason_not_to_compare(fault_open):
+    source, far = fault_open + '/src', fault_open + '/far'
+    for path in (source, far + '/src'):
+        write(path + '/f', 'same', 0o644, 10**18)
+    os.mkdir(far + '/src/.file_replicator.0123456789ab')
+    os.utime(far + '/src', ns=(1, os.stat(source).st_mtime_ns))
+    once('--no-replicate-on-change', source, far, *fault_other_user(fault_open))
+
+
 def test_what_a_killed_run_left_on_its_way_does_not_come_behind_the_next_ones_back(tmp_path):
     source, there = option_source(tmp_path)
     for number in range(3000):
