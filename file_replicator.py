@@ -1041,19 +1041,21 @@ class LeftOut:
                 top = parent(top)
             inside.setdefault(top, []).append(path[len(top) + 1:] if top else path)
         for top, names in inside.items():
-            ignored = self.ignores(top, names)
             if gone:
-                ignored.update(name[:-3] for name in self.ignores(top, [name + '/.\x7f' for name in names]))
+                inner = self.ignores_gone(top, [name + '/.\x7f' for name in names])
+                ignored = self.ignores_gone(top, names).union(name[:-3] for name in inner)
+            else:
+                ignored = self.git[top].ignores(names)
             self.ignored.update(top + '/' + name if top else name for name in ignored)
 
-    def ignores(self, top: str, names: List[str]) -> Set[str]:
-        """Which of these paths in a work tree git leaves out."""
-        behind = [name for name in names
-                  if any(os.path.islink(os.path.join(self.root, top, above)) for above in ancestors(name))]
-        ignored = self.git[top].ignores([name for name in names if name not in behind] if behind else names)
+    def ignores_gone(self, top: str, names: List[str]) -> Set[str]:
+        """Which of these paths in a work tree, that may be behind a link here, git leaves out."""
+        behind = {name for name in names
+                  if any(os.path.islink(os.path.join(self.root, top, above)) for above in ancestors(name))}
+        ignored = self.git[top].ignores([name for name in names if name not in behind])
         if behind:
             self.alone[top] = self.alone.get(top) or RulesAlone(self.git[top])
-            ignored.update(self.alone[top].ignores(behind))
+            ignored |= self.alone[top].ignores(list(behind))
         return ignored
 
     def within(self, path: str, is_directory: bool = False) -> bool:
