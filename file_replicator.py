@@ -753,7 +753,8 @@ def ancestors(path: str) -> Iterator[str]:
 
 def is_below(path: str, directories: Collection[str]) -> bool:
     """Whether a path is in one of these directories, at any depth."""
-    return '' in directories or any(directory in directories for directory in ancestors(path))
+    return bool(directories) and (
+        '' in directories or any(directory in directories for directory in ancestors(path)))
 
 
 def is_staging(path: str) -> bool:
