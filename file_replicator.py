@@ -361,6 +361,13 @@ do_hook() {
 # beat: nothing, to see whether the connection lives.
 do_beat() { :; }
 
+# Lists the stagings of other sessions.
+others() {
+  for old in ./.file_replicator.????????????; do
+    case ${old#./.file_replicator.} in "$nonce" | *[!0-9a-f]*) ;; *) echo "$old" ;; esac
+  done
+}
+
 # Makes the staging, for what is put together there before it takes its place. Another session's goes: a
 # connection that was given up may still have bytes on the way, and without its staging its receiver ends
 # instead of writing them. What stands at our name goes too: since the last rest others may know it. True if
@@ -370,14 +377,9 @@ make_stage() {
   umask 077
   ! stands "$stage" || rm -rf "$stage"
   mkdir "$stage" 2>/dev/null && staged=1        # before others go: of two at once, one must notice
-  for old in ./.file_replicator.????????????; do
-    case ${old#./.file_replicator.} in
-      "$nonce" | *[!0-9a-f]*) ;;
-      *)
-        mv "$old" "$stage/old" 2>/dev/null      # since rm alone fails where somebody still writes
-        rm -rf "$old" "$stage/old"
-        ;;
-    esac
+  for old in $(others); do
+    mv "$old" "$stage/old" 2>/dev/null          # since rm alone fails where somebody still writes
+    rm -rf "$old" "$stage/old"
   done
   [ -n "$staged" ] || mkdir "$stage" || return  # on a full disk another one took the room
   staged=1
@@ -502,14 +504,6 @@ end_session() {
 # True if nothing is in the replica.
 empty() { for p in * .[!.]* ..?*; do ! stands "./$p" || return 1; done; }
 
-# True if the staging of another session is there.
-crowded() {
-  for p in ./.file_replicator.????????????; do
-    case ${p#./.file_replicator.} in *[!0-9a-f]*) ;; *) ! stands "$p" || return 0 ;; esac
-  done
-  return 1
-}
-
 # The session: $1 the text of this program, which goes on in the best shell there is, or - where that is this
 # one; $2 the nonce all answers begin with, $3 the replica, $4 the letters of what it may do (g guards root
 # and home, c sums, d dry run), $5 the remote hook, $6 the nonce of the session before, the rest for list.
@@ -573,7 +567,7 @@ main() {
     *d*) ;;
     *)
       if empty; then do_probe || { keep_stage; give_up "cannot write there"; }; fi
-      ! crowded || [ -n "$staged" ] || do_probe
+      [ -z "$(others)" ] || do_probe
       ;;
   esac
   list_mounts
@@ -1877,7 +1871,7 @@ def believe(listed: Iterable[Tuple[str, Entry]], local: Tree, known: Tree,
         if here is not None:
             if here[:5] == entry[:5]:
                 entry = here
-        elif before is not None:
+        elif path and before is not None:
             if before.kind == entry.kind and (entry.kind == 'd' or before[2:4] == entry[2:4]):
                 entry = entry._replace(inode=before.inode, ctime_ns=before.ctime_ns)
         elif path and not ours(path, entry):
@@ -2886,9 +2880,10 @@ class Replica:
         self.report.expect([here for _, here, _ in pairs])
         if (len(changed) > BULK_PATHS or size > BULK_BYTES * 4) and not self.options.dry_run:
             # what went, what may have moved, and directories that are not for everybody any more
-            first = {path for path, here, there in pairs
-                     if here is None or here.kind == 'd' and there is not None
-                     and (is_another(there, here) or keeps_out(there, here))}
+            known = [pair for pair in pairs if None not in pair and pair[1].kind == 'd']
+            exchanged = {path for path, here, there in known if is_another(there, here)}
+            first = exchanged.union((path for path, here, there in known if keeps_out(there, here)),
+                                    (path for path, here, _ in pairs if here is None))
             movable = {remote.get(below).inode for path in first if remote.get(path) is not None
                        for below in (path, *remote.below(path))} - {None}
             edits = 0
@@ -2899,8 +2894,6 @@ class Replica:
                     edits += bulk_size(here) + 512
                     if edits < BULK_BYTES:      # an edit need not wait for what is new
                         first.add(path)
-            exchanged = {path for path, here, there in pairs
-                         if here is not None and there is not None and is_another(there, here)}
             self.waiting.update((path, max(OTHER if is_below(path, exchanged) else META, changed[path]))
                                 for path in sorted(changed.keys() - first))
             changed = {path: why for path, why in changed.items() if path in first}
