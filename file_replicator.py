@@ -622,6 +622,7 @@ GIVE_UP_SECONDS = 300           # of connections that end too early, where nobod
 REASON_SECONDS, REASONS_MOST = 10, 5    # without a connection before another reason is said; how many are
 UNSTABLE_MOST = 12              # readings of a file that changes, where nobody watches
 LINE = 500                      # characters of one that the connection command said
+SAID_BYTES, SAID_LINES = 1 << 20, 1000  # of what is no answer: no shell says more before it begins; are kept
 GIT_TRIES = 3                   # of a git that fails or is killed
 TIME_UNITS = 100, 10**3, 10**6, 10**9   # nanoseconds: what some file systems and tools round times down to
 DRIFTS_MOST = 9                 # in a row: then what is not as it was listed is an error like any other
@@ -2217,6 +2218,8 @@ class Connection:
                 raise Lost('what answers is no shell: it gives back what it is sent')
             if back == b'\r\n' or found and found[2]:
                 raise Lost('the connection goes through a terminal, which changes bytes; leave out -t')
+            if not found and self.phase == 'starting' and len(self.heard) > SAID_BYTES:
+                raise Lost('what answers is no shell: it says too much, and nothing that was asked')
             if not found:
                 return
             before, self.heard = self.heard[:found.start()], self.heard[found.end():]
@@ -2235,7 +2238,7 @@ class Connection:
                 self.can = next((line[2:].strip() for line in self.listing[:2] if line.startswith('+ ')), '')
                 self.phase = 'live'
         lines, _, rest = self.heard.rpartition(b'\n')
-        self.heard = rest
+        self.heard = rest[-SAID_BYTES:]
         for line in lines.decode(errors='surrogateescape').split('\n') if lines else ():
             self.hear_line(line)
 
@@ -2246,8 +2249,8 @@ class Connection:
     def hear_line(self, line: str) -> None:
         found = self.answer.search(line)
         other = line[:found.start()] if found else line     # before an answer: a line that did not end
-        if not self.flight:
-            del self.said[:-2]          # nobody asked for it; it may yet be why the connection ends
+        # what nobody asked for may yet be why the connection ends
+        del self.said[:-SAID_LINES if self.flight else -2]
         if other and self.flight and self.flight[0].verb == 'hook':
             self.said.append(shown(other))
         elif other and not CHATTER.match(other):

@@ -6643,6 +6643,12 @@ def test_what_a_remote_hook_prints_is_shown_as_it_is(tmp_path):
     assert 'no newline; it ended with status 3' in done.stderr
 
 
+def test_of_a_remote_hook_that_never_stops_talking_the_last_lines_are_shown(tmp_path):
+    option_source(tmp_path, 'f')
+    done = option_once(tmp_path, '--remote-hook', 'yes talk | head -n 300000; head -c 8000000 /dev/zero; echo; echo end')
+    assert done.stderr.rstrip().endswith('; end') and done.stderr.count('talk') < 2000, done.stderr[-1000:]
+
+
 def test_without_initial_replication_a_change_of_the_mode_sends_what_was_never_the_same(tmp_path):
     source, there = option_source(tmp_path)
     write(str(source / 'f'), 'AAAA')
@@ -6774,6 +6780,8 @@ def test_the_receiver_is_printed_without_a_traceback_where_nobody_reads_it(redir
     (['sh', '-c', 'kill -9 $$'], 'killed by signal 9'),
     (['true'], 'it is no shell, or has nothing on its standard input'),
     (['cat'], 'no shell: it gives back what it is sent'),
+    (['yes'], 'no shell: it says too much, and nothing that was asked'),
+    (['cat', '/dev/zero'], 'no shell: it says too much, and nothing that was asked'),
     (['bash', '-c', 'exec >&-; sleep 3'], 'closed its output'),
     (['sh', '-c', 'printf "\\033[31mred\\377" >&2; exit 1'], '\\x1b[31mred'),
 ])
