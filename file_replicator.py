@@ -605,6 +605,8 @@ BULK_BYTES = 1 << 20            # the largest file that travels whole; over a sl
 BULK_PATHS = 1000               # in one record, at most
 RECORD_BYTES = 4 << 20          # of the backlog in one record, at most: large ones save processes over there
 LEAST_BYTES = 1 << 14           # the same, however slow the link
+SCRIPT_BYTES = 1 << 16          # the largest file that a far side without tar gets as a line of its shell
+SCRIPT_UMASK = 0o022            # see do_bulk in the receiver
 LIST_PATHS = 128                # paths in one remove or meta record, and in one command
 BLOCK = 1 << 16                 # parts of a large file begin at multiples of this
 SUMS_BYTES = 8 << 20            # of a large file whose sums are asked for in one record
@@ -1942,9 +1944,9 @@ def archive(members: Iterable[Member]) -> bytes:
     return b''.join(out)
 
 
-def script(members: Iterable[Member], fine: bool) -> bytes:
+def script(members: Iterable[Member], fine: bool, acl: bool) -> bytes:
     """The same for a far side without tar: lines that its shell reads. Names and bytes stand in single
-    quotes."""
+    quotes. `acl` is whether a default ACL rules there."""
     lines: List[bytes] = []
     directories: List[bytes] = []
     groups: Dict[bytes, List[bytes]] = {}       # command: the names it is for
@@ -1966,7 +1968,8 @@ def script(members: Iterable[Member], fine: bool) -> bytes:
             if data.startswith(b'-'):
                 data = b'\\055' + data[1:]
             lines.append(b"printf '%s' >%s || failed=1\n" % (data, quoted))
-        if entry.kind != 'l':           # whatever the umask, an ACL or setgid above it made of it
+        # whatever the umask, an ACL or setgid above it made of it
+        if entry.kind == 'd' or entry.kind == 'f' and (acl or entry.mode != 0o666 & ~SCRIPT_UMASK):
             groups.setdefault(b'chmod %05o' % entry.mode, []).append(quoted)
         if entry.mtime_ns is not None:
             when = seconds_of(entry.mtime_ns, fine).encode()
@@ -3028,6 +3031,7 @@ class Replica:
     def send_entries(self, steps: Iterable[Step]) -> None:
         """New directories, files and links: together, or where they failed before, or cannot, one by one."""
         batch: List[Tuple[Step, bytes]] = []
+        large: List[Tuple[Step, bytes]] = []    # that are faster by themselves; behind their directories
         size, most = 0, self.far.record_bytes * 2
         for count, step in enumerate(steps):
             if count % 64 == 0:
@@ -3047,6 +3051,9 @@ class Replica:
                         take_back(self.remote, step)
                         continue
                     step, data = read
+            if self.can.bulk == 'script' and len(data) > SCRIPT_BYTES:
+                large.append((step, data))
+                continue
             unknown = step.before is not None and step.before.kind == '?'
             alone = (name != '-' or unknown or step.path in self.tries
                      or self.mounts and is_below(step.path, self.mounts)     # no rename leads there
@@ -3060,6 +3067,8 @@ class Replica:
                 batch.append((step, data))
                 size += len(data) + 2048        # what an archive needs for the rest of it
         self.send_batch(batch)
+        for step, data in large:
+            self.send_one(step, data)
 
     def send_one(self, step: Step, data: bytes, name: str = '-') -> None:
         """One by itself; of a file its bytes, or the name under which it is staged."""
@@ -3105,7 +3114,7 @@ class Replica:
                     self.settled[step.path] = here
             members.append((name_there, step.entry, data))
         if self.can.bulk == 'script':
-            kind, payload = 'script', script(members, self.can.times == 'fine')
+            kind, payload = 'script', script(members, self.can.times == 'fine', self.can.acl == 'acl')
         else:
             kind, payload = 'tar', archive(members)
         self.post('bulk', (kind,), [wire(path) for path in numbers], [step for step, _ in batch], [payload])

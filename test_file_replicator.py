@@ -790,8 +790,8 @@ def test_a_script_writes_the_same_files_in_every_shell(shell, tmp_path):
     for fine in [False] + [True] * (shell != 'busybox sh'):         # whose touch knows whole seconds only
         root = tmp_path / str(fine)
         root.mkdir()
-        (root / 's').write_bytes(fr.script(what, fine))
-        assert run_sh(shell, 'touch=touch failed=0; . ./s; echo $failed', cwd=root) == b'0\n'
+        (root / 's').write_bytes(fr.script(what, fine, False))
+        assert run_sh(shell, 'umask 022; touch=touch failed=0; . ./s; echo $failed', cwd=root) == b'0\n'
         assert_unpacked(root, what, not fine)
 
 
@@ -894,7 +894,7 @@ def test_nothing_is_made_through_what_somebody_made_at_our_names(shell, tmp_path
     os.symlink(str(outside), str(replica / temporary))
     members = [(b'b', fr.Entry('d', 0o700), b''), (b'b/1', fr.Entry('d', 0o700), b''),
                (b'b/1/f', fr.Entry('f', 0o644, 1, 10**18), b'x')]
-    script = fr.script(members, False)
+    script = fr.script(members, False, False)
     stream = (fr.record('probe', 1, (), [], 0, 'm') + fr.record('link', 2, ('1',), [b'none.', b'./link'], 0, 'm')
               + fr.record('bulk', 3, ('script',), [b'.'], len(script), 'm') + script + b'm\n')
     said = session(shell, replica, stream)
@@ -5099,10 +5099,14 @@ def test_many_files_travel_as_an_archive_wherever_there_is_a_tar(request, tmp_pa
     source = str(tmp_path / 'src')
     for number in range(9):
         write('%s/%d' % (source, number), mtime_ns=10**18)
-    os.utime(source, ns=(10**18, 10**18))       # which any touch can set
+    write(source + '/new/large', bytes(100000), mtime_ns=10**18)
+    for path in (source, source + '/new'):
+        os.utime(path, ns=(10**18, 10**18))     # which any touch can set
     done = once('--no-replicate-on-change', '--debugging', source, far.parent, *far.words)
     assert not difference(source, far.seen + '/src')
     assert set(re.findall(r'record bulk \d+ \d+ (\w+)', done.stderr)) == {what}
+    # a shell takes longer to read it as a line than dd needs to start
+    assert len(re.findall(r'record file .*new/large', done.stderr)) == (what == 'script')
 
 
 def test_names_that_our_staging_has_are_left_out_with_a_notice(tmp_path):
