@@ -146,6 +146,13 @@ store() {
   settle && [ "$took" = 0 ]
 }
 
+# Gives the bytes of this record to a command. True if all of them got there, and it did all it should: if
+# take is killed, the command takes what it got for all.
+give() {
+  took=$({ { take "$length"; echo $? >&3; } | { "$@" >&2; echo $? >&3; }; } 3>&1)
+  settle && [ "$took" = "0${newline}0" ]
+}
+
 # True if everything above the path $1 is a directory and none of it a link: nothing is written, moved or
 # removed through a link. RACE: somebody over there may put a link in after this looked; whoever can do that
 # can write in the replica already, and what we then write lands where the link leads.
@@ -232,9 +239,7 @@ do_file() {
 do_part() {
   umask 077
   if [ "$w1" = - ]; then store "$stage/$w2"; return; fi
-  take "$length" | dd ibs=65536 obs=65536 seek="$w1" conv=notrunc of="$stage/$w2"
-  took=$?
-  settle && [ "$took" = 0 ]
+  give dd ibs=65536 obs=65536 seek="$w1" conv=notrunc of="$stage/$w2"
 }
 
 # base NAME BLOCKS SIZE FROM: adds to the staged file NAME what stands at the path FROM times 64 KiB into it,
@@ -310,15 +315,11 @@ do_move() {
 do_bulk() {
   umask 022
   if [ "$w1" = tar ]; then
-    take "$length" | (cd "$stage" && umask 0 && run_tar xpof - 2>&1)
-    took=$?
-    settle || took=1
+    give unpack
   else
     # shellcheck disable=SC1091 # s is what was just stored
     store "$stage/s" && (cd "$stage" && failed=0 && . ./s && [ "$failed" = 0 ])
-    took=$?
-  fi
-  [ "$took" = 0 ] || { scrap "$stage/b" "$stage/s"; return 1; }
+  fi || { scrap "$stage/b" "$stage/s"; return 1; }
   # GNU's tar leaves a directory of mode 0700 the setgid bit that it inherited.
   [ ! -g "$stage" ] || find "$stage/b" -type d -perm -2000 -exec chmod g-s {} +
   for p; do solid "$p/." || { scrap "$stage/b" "$stage/s"; return 2; }; done
@@ -333,6 +334,9 @@ do_bulk() {
   scrap "$stage/b" "$stage/s"
   return $failed
 }
+
+# Unpacks an archive into the staging.
+unpack() { cd "$stage" && umask 0 && run_tar xpof -; }
 
 # Moves the rest into the directory $1. A pattern that matched nothing has stayed itself, and is no file.
 into() {
