@@ -352,12 +352,15 @@ do_hook() {
   umask 077
   store "$stage/hook" || return 1
   echo "$nonce + begun"
-  (
-    trap - 0 HUP INT TERM PIPE
-    unset FILE_REPLICATOR
-    umask 022
-    LC_ALL=$locale exec sh -c "$hook" <"$stage/hook"
-  ) && return
+  {
+    do_rest                             # it holds nothing else now, and git clean, as a hook, would take it
+    (
+      trap - 0 HUP INT TERM PIPE
+      unset FILE_REPLICATOR
+      umask 022
+      LC_ALL=$locale exec sh -c "$hook" <&3 3<&-
+    )
+  } 3<"$stage/hook" && return
   printf '\nit ended with status %s\n' $?         # behind a last line that may lack its newline
   return 1
 }
