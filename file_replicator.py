@@ -306,7 +306,9 @@ do_remove() {
 # move: the first path becomes the second, with all that is in it.
 do_move() {
   solid "$1" && solid "$2" && stands "$1" || return 2
-  put "$1" "$2"
+  put "$1" "$2" || return
+  # Of two names of one file a rename leaves both. Where A and a are one name, it is the only one.
+  [ ! -h "$1" ] && [ ! -f "$1" ] || [ "$(stat -c %h "$1")" = 1 ] || rm -f "$1"
 }
 
 # bulk KIND: an archive (tar), or lines that write the same files (script), of b/1/..., b/2/...: what is in
