@@ -487,7 +487,7 @@ was_killed() { [ "$1" -lt 126 ] || give_up "find, which lists the replica, ended
 # Says where the replica is, and what is mounted anywhere: nothing of that is removed. A bind mount shows in
 # no other way.
 list_mounts() {
-  printf '%s at %s\n' "$nonce" "$root"
+  printf '%s at %s.%s\n' "$nonce" "$root" "$nonce"
   echo "$nonce mounts"
   cat /proc/self/mounts 2>/dev/null
 }
@@ -2247,7 +2247,7 @@ class Connection:
             else:
                 self.listing = os.fsdecode(bytes(before)).split(self.nonce + ' ')
                 # what the far side says of itself comes first, see main in the receiver
-                self.can = next((line[2:].strip() for line in self.listing[:2] if line.startswith('+ ')), '')
+                self.can = next((line[2:] for line in self.listing[:2] if line.startswith('+ ')), '')
                 self.phase = 'live'
         lines, _, rest = self.heard.rpartition(b'\n')
         self.heard = rest[-SAID_BYTES:]
@@ -2328,14 +2328,15 @@ class Connection:
     def mounts(self) -> Set[str]:
         """What is mounted in the replica. In /proc blanks and the like are written in octal."""
         found = re.findall(r'^\S+ (\S+)', self.listed_as('mounts'), re.M)
-        here = self.listed_as('at')[:-1] + '/'
+        here = self.listed_as('at').rpartition('.%s\n' % self.nonce)[0] + '/'
         paths = (re.sub(r'\\([0-7]{3})', lambda m: chr(int(m[1], 8)), path) for path in found)
         return {path[len(here):] for path in paths if path.startswith(here)}
 
     def sums(self) -> Tuple[str, Dict[str, str]]:
         """The tool the far side's sums are made with ('-' for none), and path: sum."""
         text = self.listed_as('sums') or '-'
-        tool, *lines = re.split(r'\n(?=\\?[0-9a-f]{32,}  \./|\Z)', text)     # a name may hold a newline
+        first, *lines = re.split(r'\n(?=\\?[0-9a-f]{32,}  \./|\Z)', text)    # a name may hold a newline
+        tool = first.partition('\n')[0]     # somebody else may have said something behind it
         found = {}
         for line in lines:
             value, _, path = line.partition('  ')
@@ -2850,7 +2851,10 @@ class Replica:
         if code:
             raise (Lost if self.options.watch and (self.begun or self.options.wait) else Stop)(
                 'cannot write to %s over there: %s' % (shown(self.options.destination), said))
-        self.can = Abilities(*values[0].split())
+        words = values[0].partition('\n')[0].split() if values else []
+        if len(words) != len(Abilities._fields):
+            raise Lost('something on the way changes what the far side says')
+        self.can = Abilities(*words)
         self.far.is_staged = True
         forget_time(self.remote, '')
         if (os.path.lexists(self.source.full(self.far.staging))
