@@ -656,6 +656,17 @@ class Stopped(BaseException):
     """A signal, or the end of who reads our output, asked us to end."""
 
 
+class Signals:
+    """Whether one asked us to end. It is raised as Stopped where it arises; where that has to wait, or was
+    swallowed, as in a callback of Python's own, at the next turn."""
+    asked = held = False
+
+    @classmethod
+    def check(cls) -> None:
+        if cls.asked:
+            raise Stopped
+
+
 class Lost(Exception):
     """This connection cannot go on; the text says why. Another may."""
 
@@ -2163,6 +2174,7 @@ class Connection:
     def turn(self, seconds: Optional[float], other: Optional[int] = None) -> None:
         """Waits up to `seconds` (None: until something happens) for the far side or `other` to have
         something, writes what can be written, and calls what the answers that came are for."""
+        Signals.check()
         self.write()                    # most often the pipe takes it all
         poll = select.poll()
         for fd in (self.stdout, self.stderr, other):
@@ -2369,8 +2381,19 @@ class Connection:
         return 'the connection command %s%s%s' % (how, said, ' (%s)' % hint if hint else '')
 
     def close(self) -> None:
-        """Ends the connection. The end of its input is what tells the receiver to clear up; what is still
-        there after a while gets the signal that has it clear up, then the rest is ended."""
+        """Ends the connection, also if a signal comes while it is at that."""
+        try:
+            self.end()
+        except Stopped:
+            self.end()
+            raise
+        finally:
+            self.process.stdout.close()
+            self.process.stderr.close()
+
+    def end(self) -> None:
+        """The end of its input is what tells the receiver to clear up; what is still there after a while gets
+        the signal that has it clear up, then the rest is ended."""
         self.process.stdin.close()
         for patience, number in ((0 if self.at_rest else 0.3, signal.SIGTERM), (0.3, signal.SIGKILL)):
             end = time.monotonic() + patience
@@ -2381,9 +2404,8 @@ class Connection:
                 self.process.stdout.read(PIPE_BYTES)    # who cannot write cannot end either
                 time.sleep(0.002)
             self.signal(number)
-        self.process.wait()
-        self.process.stdout.close()
-        self.process.stderr.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):    # sudo's is not ours to end
+            self.process.wait(1)
 
     def signal(self, number: int) -> bool:
         """Sends a signal (0: none) to the connection command; where that has a group of its own, to all it
@@ -2396,6 +2418,20 @@ class Connection:
             return True
         except OSError:                 # none, or sudo's, which is not ours to end
             return lives
+
+
+@contextlib.contextmanager
+def connecting(*words: Any) -> Iterator[Connection]:
+    """A Connection, ended at the end. A signal waits until it is made: nobody else knows what was started."""
+    far, Signals.held = None, True
+    try:
+        far = Connection(*words)
+        Signals.held = False
+        yield far
+    finally:
+        Signals.held = False
+        if far:
+            far.close()
 
 
 def lines_of(data: bytes) -> List[str]:
@@ -3472,7 +3508,7 @@ def replicate(options: Options) -> int:
                 everything = options.clean_out and not replica.begun
                 nonce = os.urandom(6).hex()
                 text = program(options, nonce, replica.session, [] if everything else left_out.find_words())
-                with contextlib.closing(Connection(options.command, nonce, text, report)) as far:
+                with connecting(options.command, nonce, text, report) as far:
                     source.meanwhile = lambda: (far.turn(0), source.listen())
                     replica.meet(far, retry.connected)
                     keep_in_step(options, source, replica, hooks, report)
@@ -3743,18 +3779,20 @@ def main(argv: Sequence[str]) -> int:
     def stop(number: int, frame: Any) -> None:
         for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(each, signal.SIG_IGN)
-        raise Stopped
+        Signals.asked = True
+        if not Signals.held:
+            raise Stopped
 
     # one that is closed is None
     sys.stdout, sys.stderr = (each or open(os.devnull, 'w') for each in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors='backslashreplace')
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN:       # as nohup has it
-            signal.signal(each, stop)
     # entries are never garbage in cycles: looking for that costs a fifth of a scan
     gc.set_threshold(100000)
     try:
+        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN:   # as nohup has it
+                signal.signal(each, stop)
         return replicate(parse(argv))
     except Stop as why:
         to_stderr('file_replicator: %s\n' % why)
