@@ -838,6 +838,7 @@ class Git:
     """What git ignores in one work tree, or in a directory that is in none, as rules and index are now."""
 
     unknown = False                     # whether to leave out what it does not judge
+    went = False                        # whether the directory was not there when it was asked
 
     def __init__(self, top: str):
         self.top = os.path.abspath(top)
@@ -849,6 +850,8 @@ class Git:
         self.directory = self.find_directory()
         if not self.directory:
             self.use_empty_repository()
+        elif not self.above:            # not where its settings say: a submodule that was moved is here
+            self.environment['GIT_WORK_TREE'] = os.path.realpath(self.top)
 
     def rule_directories(self) -> List[str]:
         """Where rules stand, or the index, outside of the work tree or above its directories."""
@@ -883,7 +886,8 @@ class Git:
             if done.returncode in (0, 1):       # 1 is how check-ignore says none; below 0 it was killed
                 return done.stdout
             if not os.path.isdir(self.top):
-                return b''              # it went meanwhile
+                self.went = True
+                return b''
             if b'not a git repository' in said and 'GIT_DIR' not in self.environment:
                 self.use_empty_repository()
             else:
@@ -931,6 +935,7 @@ class Git:
             ended = self.asking.wait()
             self.close()
             if ended >= 0:              # below, it was killed
+                self.went = not os.path.isdir(self.top)
                 return self.unknown
         # Some versions crash where they tell the source of a pattern above some twenty directories.
         return bool(self.run('check-ignore', '-z', '--stdin', given=b'./' + os.fsencode(path) + b'\0'))
@@ -1052,6 +1057,7 @@ class LeftOut:
     def ask(self, paths: List[str], gone: bool = False) -> None:
         """Asks git about paths it was not asked about before. Of those that are gone here (they stand over
         there) git cannot tell a directory from a file, but it can for what would be in it."""
+        self.ignored.difference_update(paths)           # another thing may have stood there
         inside: Dict[str, List[str]] = {}       # top of a work tree: paths in it, relative to it
         for path in paths if self.git else ():
             top = parent(path)
@@ -1075,6 +1081,10 @@ class LeftOut:
             self.alone[top] = self.alone.get(top) or RulesAlone(self.git[top])
             ignored |= self.alone[top].ignores(list(behind))
         return ignored
+
+    def was_blind(self) -> bool:
+        """Whether git was asked about a directory that was elsewhere for a moment."""
+        return any(git.went and os.path.isdir(git.top) for git in self.git.values())
 
     def within(self, path: str, is_directory: bool = False) -> bool:
         """Whether a path or anything above it is left out: for paths that stand only over there."""
@@ -1207,7 +1217,8 @@ class Watch:
         if not self.inotify:
             return
         try:
-            no_follow = self.flags.DONT_FOLLOW if path else 0           # the root may be a link
+            # the root may be a link, and where rules stand
+            no_follow = self.flags.DONT_FOLLOW if path and path[0] != '\0' else 0
             descriptor = self.inotify.add_watch(full, self.mask | no_follow)
         except OSError as error:
             if error.errno == errno.ENOSPC:
@@ -1463,8 +1474,12 @@ class Source:
         self.report.solved(path, 'look')
         if not path:                    # however closed it is here, we must not lock ourselves out there
             entry = entry._replace(mode=entry.mode | 0o700)
-        elif (why and self.left_out(path, kind == 'd')
-              or (kind == 's' or '.file_replicator.' in path) and not self.admits(path, kind)):
+        before = self.tree.get(path)
+        if kind == 'd' and before is not None and before.kind != 'd' and self.left_out.git:
+            why = why or LOOK           # git was asked about something else, and may leave out directories
+            self.left_out.ask([path])
+        if path and (why and self.left_out(path, kind == 'd')
+                     or (kind == 's' or '.file_replicator.' in path) and not self.admits(path, kind)):
             self.lose(path)
             return False
         if kind == 'f':
@@ -1476,7 +1491,6 @@ class Source:
                     raise Stop('%s is there, but git, which would read it, is not; install git, or use '
                                '--no-gitignore' % shown(path))
                 self.rules_changed = self.rules_changed or entry.ctime_ns > self.git_asked_ns - TICK_NS
-        before = self.tree.get(path)
         if before != entry:
             self.changed.setdefault(path, LOOK)
             # Only its ctime is another, and no event told why; or it cannot tell, as one in seconds.
