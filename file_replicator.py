@@ -1274,6 +1274,8 @@ class Source:
         self.now_ns = 0                         # just before what is being looked at
         self.fresh: Set[str] = set()    # looked at so soon after a change that the next may keep the time
         self.replaced: Set[str] = set() # directories that were found to be others in this look
+        self.vanished: Set[str] = set() # what was hinted at, or listed, and was not there
+        self.renamed: Dict[int, int] = {}       # cookie: what was hinted of a file on its way to another name
         self.names: Dict[Any, Tuple[str, ...]] = {}     # inode: the paths a file was last seen at
         self.unlisted: Set[str] = set() # directories that could not be listed: what is in them is not known
         self.own_staging = ''           # the name of this session's staging, which must not turn up here
@@ -1321,6 +1323,8 @@ class Source:
             if directory.startswith('\0'):          # git's own directory, or one above the root
                 self.rules_changed = self.rules_changed or name in RULES
                 continue
+            if not directory and mask & flags.MOVE_SELF:
+                self.hint_everything()  # what was seen and said while it was elsewhere counts for nothing
             if name in ('.gitignore', '.git') and self.left_out.ask_git:
                 self.rules_changed = True
             path = (directory + '/' + name if directory else name) if name else directory
@@ -1416,14 +1420,20 @@ class Source:
             # What went may have come elsewhere, even while we looked: that has its event by now.
             for _ in range(LOOKS):
                 self.look_at_hints()
+                if not self.root_is_there():    # then what seemed to be gone may not be
+                    return {}
+                # Nor if it was elsewhere for a moment: of what it is in no event tells.
+                for path in filter(lambda path: os.path.lexists(self.full(path)), self.vanished):
+                    self.hint(path, LOOK)
+                self.vanished.clear()
+                if self.left_out.was_blind():
+                    self.hint_everything()
                 self.listen()
                 if not self.hints:
                     break
         except BaseException:
             self.hint_everything()
             raise
-        if not self.root_is_there():    # then what seemed to be gone may not be
-            return {}
         for path in self.watch.descriptors.keys() & self.changed.keys():
             if not self.tree.is_directory(path):        # only now: one that moved has kept its watch
                 self.watch.forget(path)
@@ -1465,6 +1475,7 @@ class Source:
                 entry = entry._replace(mode=0o777, target=os.readlink(self.full(path)))
         except OSError as error:
             if error.errno in GONE:
+                self.vanished.add(path)
                 self.left_out.ignored.discard(path)
                 self.lose(path)
                 return False
@@ -2978,7 +2989,8 @@ class Replica:
                 if state is None and self.jobs.get(path) is job:
                     del self.jobs[path]
                 busy = busy or state is not False
-        size, some, most = 0, {}, self.far.record_bytes if self.far.has_room() else 0
+        # what seems to be gone of a source that is gone may not be
+        size, some, most = 0, {}, self.far.record_bytes if self.far.has_room() and not self.source.gone else 0
         while self.waiting and len(some) < BULK_PATHS and size < most:
             path, why = self.waiting.popitem(last=False)
             some[path] = why
@@ -3489,8 +3501,7 @@ class Replica:
         """Whether nothing is waiting, but what failed and is tried again later; nor on its way, unless sent
         is enough."""
         on_its_way = self.far.flight or self.far.out
-        return not (self.source.hints or self.waiting or self.jobs or self.answers
-                    or on_its_way and not sent_is_enough
+        return not (self.source.hints or self.jobs or self.answers or on_its_way and not sent_is_enough
                     or not self.source.gone
                     and any(not self.tries.get(path) for path in self.source.later))
 
