@@ -1248,16 +1248,16 @@ class Watch:
         self.paths.clear()
         self.descriptors.clear()
 
-    def read(self) -> Iterator[Tuple[Optional[str], str, int]]:
-        """Yields (directory, name, mask) of all events there are; None as the directory when some were
-        lost."""
+    def read(self) -> Iterator[Tuple[Optional[str], str, int, int]]:
+        """Yields (directory, name, mask, cookie) of all events there are; None as the directory when some
+        were lost. The two events of a rename have one cookie."""
         for event in self.inotify.read(timeout=0):
             if event.mask & self.flags.Q_OVERFLOW:
                 yield None, '', 0
             elif event.mask & self.flags.IGNORED:
                 self.descriptors.pop(self.paths.pop(event.wd, None), None)
             elif event.wd in self.paths:
-                yield self.paths[event.wd], event.name, event.mask
+                yield self.paths[event.wd], event.name, event.mask, event.cookie
 
 
 class Source:
@@ -1315,7 +1315,7 @@ class Source:
         if self.watch.fd is None:
             return
         flags = self.watch.flags
-        for directory, name, mask in self.watch.read():
+        for directory, name, mask, cookie in self.watch.read():
             if directory is None:
                 self.report.warn('inotify lost events: looking at everything again')
                 self.hint_everything()
@@ -1358,6 +1358,13 @@ class Source:
             elif mask & (flags.MODIFY | flags.CREATE) or path in self.later and not is_directory:
                 why = CONTENT if mask & (flags.MODIFY | flags.CREATE) else META
                 delay, most = QUIET_SECONDS, OPEN_SECONDS if before else NEW_SECONDS
+            # What was hinted of a file follows it when it is renamed. What comes from elsewhere may have
+            # changed there, and kept size and time.
+            if not is_directory and mask & flags.MOVED_FROM:
+                self.renamed[cookie] = max(self.hints.get(path, 0), self.changed.get(path, 0),
+                                           self.later.get(path, (0, 0, 0))[2])
+            elif not is_directory and mask & flags.MOVED_TO:
+                why = max(why, self.renamed.pop(cookie, CONTENT))
             # of a file with several names an event only tells one: the others are looked at with it
             for each in {path, *self.names.get(before and before.inode, ())}:
                 self.hint(each, why, delay, most)
@@ -1438,6 +1445,7 @@ class Source:
             if not self.tree.is_directory(path):        # only now: one that moved has kept its watch
                 self.watch.forget(path)
         self.replaced.clear()
+        self.renamed.clear()
         changed, self.changed = self.changed, {}
         return changed
 
