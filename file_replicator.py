@@ -709,6 +709,11 @@ def is_news(step: Step) -> bool:
     return step.verb != 'meta' or 'm' in step.detail or step.entry.kind == 'f'
 
 
+def is_passing(step: Step) -> bool:
+    """Whether a meta step sets what a directory has only until all in it is done."""
+    return step.entry.mtime_ns is None
+
+
 class Tree:
     """What stands below a directory: paths are relative to it, '' is itself. Each lookup costs the same,
     however large the tree; a subtree costs what is in it."""
@@ -1784,6 +1789,12 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
                 disturbed.add(path)
                 take('meta', path, there._replace(mode=there.mode | 0o700, mtime_ns=None), 'm')
 
+    def close(path: str, here: Entry) -> None:
+        """Closes what stands there to those whom it keeps out here; the rest of its mode comes at the end."""
+        there = remote.get(path)
+        mode = there.mode & here.mode | (0o700 if there.kind == 'd' else 0)
+        take('meta', path, there._replace(mode=mode, mtime_ns=None), 'm')
+
     paths = dict(hints)
     gone: Set[str] = set()
     replaced: Set[str] = set()          # another thing stands there now than did, and so it may be in it
@@ -1826,7 +1837,13 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
                 and made_ns(path) <= was.ctime_ns and may_move(old, path)):
             if here.kind == 'd' and parent(old) != parent(path):
                 open_up(old, 0o700)     # its own .. is written
-            take('move', path, was, old)
+            for each in [old, *remote.below(old)]:      # nobody may see it come whom it keeps out by then
+                goal = local.get(path + each[len(old):])
+                was = remote.get(each)
+                if goal is not None and was.kind == goal.kind and keeps_out(was, goal):
+                    close(each, goal)
+            take('move', path, remote.get(old), old)
+            passed.clear()              # other directories stand at these paths now
             there = remote.get(path)
             more = {*remote.below(path), *local.below(path)}
             for below in remote.below(path):
@@ -1854,7 +1871,7 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
                 take('remove', path, None)
             take('dir', path, here._replace(mode=here.mode & 0o777 | 0o700))
         elif there is not None and keeps_out(there, here):      # whom it keeps out sees nothing come
-            take('meta', path, there._replace(mode=there.mode & here.mode | 0o700), 'm')
+            close(path, here)
     for path in sorted(gone, reverse=True):
         there = remote.get(path)
         if there is not None and (delete or is_staging(path)):
@@ -3009,8 +3026,8 @@ class Replica:
         return busy or bool(some)
 
     def send(self, hints: Dict[str, int], unfinished: Collection[str] = ()) -> None:
-        """Sends what differs at these paths. The times of `unfinished` directories, into which more will
-        come, go to the end of the backlog."""
+        """Sends what differs at these paths. Times and modes of `unfinished` directories, in which more will
+        be done, go to the end of the backlog."""
         for path, job in list(self.jobs.items()):
             if self.source.tree.get(path) is None:
                 self.cancel(path)
@@ -3025,7 +3042,8 @@ class Replica:
                 if here is None or self.remote.get(path) is here:   # not wanted any more, or as it shall be
                     del self.tries[path]
                     self.report.solved(path, 'send')
-        too_early = [step for step in steps if step.detail == 't' and step.path in unfinished]
+        too_early = [step for step in steps if step.verb == 'meta' and step.path in unfinished
+                     and not is_passing(step)]
         for step in too_early:
             take_back(self.remote, step)
             self.waiting[step.path] = META
@@ -3090,16 +3108,16 @@ class Replica:
         return seconds_of(entry.mtime_ns or 0, self.can.times == 'fine')
 
     def send_metas(self, steps: List[Step]) -> None:
-        """Those that let the owner into a directory go first, one by one: others may be for what is in it.
-        Then times, then the other modes, many at once where they are the same, in the order they were
-        planned: a directory that may not be entered any more is behind all that is in it."""
+        """The modes that directories only have meanwhile go first, one by one: others may be for what is in
+        them. Then times, then the other modes, many at once where they are the same, in the order they were
+        planned: a directory, that may be opened or closed by it, is behind all that is in it."""
         times: Dict[str, List[Step]] = {}
         modes: List[Step] = []
         for step in steps:
             if 'm' not in step.detail:
                 if self.settled.get(step.path) != step.entry:
                     times.setdefault(self.time_of(step.entry), []).append(step)
-            elif step.entry.kind == 'd' and step.entry.mode & 0o700 == 0o700:
+            elif is_passing(step):
                 self.post_lists('meta', self.meta_words(step), [step])
             else:
                 modes.append(step)
@@ -3322,6 +3340,9 @@ class Replica:
             self.failed(path, job.failed)
         elif still or self.unstable.get(path, 0) > 1 and after.st_size >= entry.size:
             here = self.source.tree.get(path)
+            if here is not None and here.kind == 'f':   # by now it may keep out who could read it
+                entry = entry._replace(mode=entry.mode & here.mode)
+                job.step = job.step._replace(entry=entry)
             if not still:       # it never stands still: this is as good as any, and it will be sent again
                 self.send_again(path)
             elif here != entry:         # another, or with another mode, that waits for its turn
