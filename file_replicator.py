@@ -1816,12 +1816,32 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
     movable = {remote.get(path).inode: path for path in gone | replaced} if delete else {}
     movable.pop(None, None)             # what has no inode that we know
 
+    wanted = {local.get(path).inode: path for path in paths
+              if movable and path and local.is_directory(path)}         # where directories shall be
+    asked: Set[str] = set()
+
+    def next_place(path: str) -> str:
+        """Where the directory that is in the way at a path goes itself: it had better go first. '' if it does
+        not, or when asked again, as where two change places."""
+        there, here = remote.get(path), local.get(path)
+        if path in asked or there is None or here is None or there.kind != 'd' or there.inode == here.inode:
+            return ''
+        asked.add(path)
+        to = wanted.get(there.inode, '')
+        goes = (movable.get(there.inode) == path and to not in asked and remote.is_directory(parent(to))
+                and not to.startswith(path + '/'))
+        return to if goes else ''
+
     work = sorted(paths)                # a heap
     files: List[str] = []
     while work:                         # what is above comes first: directories, and what moved into them
         path = heapq.heappop(work)
         if work[:1] == [path]:
             continue                    # twice
+        ahead = next_place(path)
+        while ahead:
+            heapq.heappush(work, path)
+            path, ahead = ahead, next_place(ahead)
         there, here = remote.get(path), local.get(path)
         if here is None:
             continue
