@@ -3518,8 +3518,6 @@ class Replica:
         self.confirmed[path] = self.unhooked[path] = None
         if step.verb == 'file' and self.options.update_interval:
             self.last_sent[path] = time.monotonic()
-        elif step.verb in ('remove', 'move'):
-            self.last_sent.pop(step.detail or path, None)
         size = '{:,} bytes, '.format(step.entry.size) if step.verb == 'file' else ''
         self.report.line('%s (%s%.0f ms)' % (self.words_for(step), size, took_ms), step)
 
