@@ -633,7 +633,7 @@ GIVE_UP_SECONDS = 300           # of connections that end too early, where nobod
 REASON_SECONDS, REASONS_MOST = 10, 5    # without a connection before another reason is said; how many are
 UNSTABLE_MOST = 12              # readings of a file that changes, where nobody watches
 LINE = 500                      # characters of one that the connection command said
-SAID_BYTES, SAID_LINES = 1 << 20, 1000  # of what is no answer: no shell says more before it begins; are kept
+SAID_BYTES, SAID_LINES = 1 << 24, 1000  # of what is no answer: no shell says more before it begins; are kept
 GIT_TRIES = 3                   # of a git that fails or is killed
 TIME_UNITS = 100, 10**3, 10**6, 10**9   # nanoseconds: what some file systems and tools round times down to
 DRIFTS_MOST = 9                 # in a row: then what is not as it was listed is an error like any other
@@ -1258,7 +1258,7 @@ class Watch:
         were lost. The two events of a rename have one cookie."""
         for event in self.inotify.read(timeout=0):
             if event.mask & self.flags.Q_OVERFLOW:
-                yield None, '', 0
+                yield None, '', 0, 0
             elif event.mask & self.flags.IGNORED:
                 self.descriptors.pop(self.paths.pop(event.wd, None), None)
             elif event.wd in self.paths:
@@ -2332,7 +2332,7 @@ class Connection:
                 self.can = next((line[2:] for line in self.listing[:2] if line.startswith('+ ')), '')
                 self.phase = 'live'
         lines, _, rest = self.heard.rpartition(b'\n')
-        self.heard = rest[-SAID_BYTES:]
+        self.heard = rest[-BLOCK:]
         for line in lines.decode(errors='surrogateescape').split('\n') if lines else ():
             self.hear_line(line)
 
@@ -2840,14 +2840,14 @@ class Replica:
             self.excused.update(set(differences(source.tree, self.remote)) - hints.keys())
         self.remote.put('', self.remote.get('') or source.tree.get(''))
         del far.listing[:]
-        if options.watch:
-            self.probe()                # now, rather than before the first edit
-        self.begun = True
         self.unsure.clear()
         self.waiting.clear()
         if len(hints) > 1 and not options.dry_run:      # it has to wait for answers anyway
             far.send('beat')            # for how long is known from one that waits for nothing else
         self.take_in(hints)
+        if options.watch:
+            self.probe()                # now, rather than before the first edit
+        self.begun = True
 
     def listed(self) -> Iterator[Tuple[str, Entry]]:
         """What the far side listed; takes note of what is mounted in it."""
@@ -3087,10 +3087,11 @@ class Replica:
             self.announced = True       # it is not in step, and nobody is to be told that it is
             return
         self.flying[id(steps)] = steps  # if the connection ends before they are sent, they were not taken
-        self.probe()
         self.announced = False
         self.settled.clear()
         for verb, group in itertools.groupby(steps, lambda step: 'new' if step.verb in NEW else step.verb):
+            if verb != 'remove':        # which needs no room, and may make some
+                self.probe()
             if verb == 'new':
                 self.send_entries(group)
             elif verb == 'meta':
@@ -3550,7 +3551,7 @@ class Replica:
         on_its_way = self.far.flight or self.far.out
         return not (self.source.hints or self.jobs or self.answers or on_its_way and not sent_is_enough
                     or not self.source.gone
-                    and any(not self.tries.get(path) for path in self.source.later))
+                    and (self.waiting or any(not self.tries.get(path) for path in self.source.later)))
 
 
 # ==== 10. The program =======================================================================================
