@@ -661,7 +661,7 @@ def test_a_directory_that_was_renamed_and_closed_is_closed_before_something_come
     local.put('e', local.get('e')._replace(mode=0o700))
     local.put('e/new', fr.Entry('f', 0o644, 5, 10**18, '', (1, 60)))
     steps = [(step.verb, step.path) for step in check_plan(remote, local)]
-    assert steps.index(('move', 'e')) < steps.index(('meta', 'e')) < steps.index(('file', 'e/new'))
+    assert steps.index(('meta', 'd')) < steps.index(('move', 'e')) < steps.index(('file', 'e/new'))
 
 
 @pytest.mark.parametrize('directories, files', [(10000, 0), (1000, 20)])
@@ -1607,17 +1607,19 @@ def test_a_renamed_directory_is_not_sent_again(change, tmp_path):
 
 
 @pytest.mark.parametrize('size', [25000, 250000], ids=['small', 'large'])
-def test_a_directory_that_is_exchanged_for_another_is_not_sent_again(tmp_path, size):
+@pytest.mark.parametrize('new, app, old', [('app.new', 'app', 'app.old'), ('next', 'current', 'previous')])
+def test_a_directory_that_is_exchanged_for_another_is_not_sent_again(tmp_path, size, new, app, old):
     def prepare(source):
         for number in range(50):
-            for name in ('app', 'app.new'):
+            for name in (app, new):
                 write(os.path.join(source, name, 'sub', str(number)), os.urandom(size), mtime_ns=10**18)
     count = tmp_path / 'count'
     with Watched(tmp_path, words=counting(['bash'], count), prepare=prepare) as watched:
-        before = count.stat().st_size
-        watched.sh('mv app app.old; mv app.new app')
+        before, said = count.stat().st_size, watched.run.out()
+        watched.sh('mv %s %s; mv %s %s' % (app, old, new, app))
         watched.equal()
         assert count.stat().st_size - before < 40000
+        assert len(re.findall('^(?:renamed|sent|removed) ', watched.run.out()[len(said):], re.M)) == 2
 
 
 @pytest.mark.parametrize('options', [[], ['--poll', '0.3']], ids=['watched', 'polled'])
@@ -7814,3 +7816,348 @@ def test_a_large_file_may_take_its_time_to_another_file_system_over_there(fault_
     with fault_tmpfs(far + '/src/vol', 'size=20m'):
         done = once('--no-replicate-on-change', source, far, *connect)
         assert not done.stderr and not difference(source, far + '/src')
+
+
+@pytest.mark.parametrize('above', [False, True], ids=['the source', 'what it is in'])
+def test_a_source_that_is_elsewhere_for_a_moment_while_it_is_looked_at_has_lost_nothing(tmp_path, above):
+    top = str(tmp_path / 'above/src')
+    for name in 'abc':
+        write(os.path.join(top, name))
+    source = looked_at(top)
+    moved, see = os.path.dirname(top) if above else top, source.see
+
+    def see_once_while_it_is_away(*words, **more):
+        source.see = see
+        os.rename(moved, moved + '.away')
+        try:
+            return see(*words, **more)
+        finally:
+            os.rename(moved + '.away', moved)
+    source.see = see_once_while_it_is_away
+    for name in 'abc':
+        source.hint(name, fr.LOOK)
+    source.look()
+    assert set(source.tree.below('')) == {'a', 'b', 'c'} and not source.gone
+    source.watch.give_up('the end')
+
+
+def test_what_git_ignores_stays_out_though_git_looked_while_the_source_was_elsewhere(tmp_path):
+    top = str(tmp_path / 'src')
+    write(top + '/.gitignore', 'secret')
+    write(top + '/secret')
+    since = time.time()
+    source, seen = git_looked_at(top)
+    until(lambda: time.time() > since + 0.2, 5)         # else it would be asked about by itself, as new
+    refresh = source.left_out.refresh
+
+    def refresh_once_while_it_is_away():
+        source.left_out.refresh = refresh
+        os.rename(top, top + '.away')
+        try:
+            return refresh()
+        finally:
+            os.rename(top + '.away', top)
+    source.left_out.refresh = refresh_once_while_it_is_away
+    source.rules_changed = True
+    assert git_seen(source) == seen == {'.gitignore'}
+    git_close(source)
+
+
+def git_that_moves(directory, source):
+    """PATH with a git that once, if there is a file called `trigger`, moves the source away first."""
+    fault_command(directory / 'git-shim', 'git', """#!/bin/sh
+! rm {0}/trigger 2>/dev/null || mv {1} {1}.away
+exec {2} "$@"
+""".format(directory, source, need('git')))
+    return dict(os.environ, PATH='%s/git-shim:%s' % (directory, os.environ['PATH']))
+
+
+def test_what_waits_for_its_turn_when_the_source_goes_is_not_removed(tmp_path):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    names = ['%04d' % number for number in range(3000)]
+    for name in names:
+        write(source + '/' + name, 'a' * 3000)
+    write(source + '/.gitignore', 'none')
+    os.mkdir(far)
+    once('--no-replicate-on-change', source, far, 'bash')
+    connect, _ = fault_relay(tmp_path, 'bash', slow=0.02)
+    with Running(tmp_path, source, far, *connect, env=git_that_moves(tmp_path, source)) as running:
+        for name in names:
+            write(source + '/' + name, 'b' * 3000)
+        until(lambda: running.out().count('sent 0') > 200, 20, running.log)
+        running.process.send_signal(signal.SIGSTOP)
+        for name in names:
+            write(source + '/' + name, 'c' * 3000)
+        write(str(tmp_path / 'trigger'))
+        write(source + '/.gitignore', 'nothing')
+        running.process.send_signal(signal.SIGCONT)
+        running.says('is gone')
+        before = running.connections()
+        until(lambda: 'not in step' in running.err(), 60, running.log)
+        assert set(names) <= set(os.listdir(far + '/src')) and 'removed' not in running.out()
+        os.rename(source + '.away', source)
+        until_equal(source, far + '/src', 60, running=running)
+        assert before == running.connections()
+
+
+def records_of(running, change):
+    """The records that a change has sent, as --debugging shows them."""
+    before = len(running.err())
+    with at_once(running):
+        change()
+    return re.findall(r' record (?:bulk|dir|file|meta|move|remove) \d+ \d+ (.*)', running.err()[before:])
+
+
+def test_a_directory_is_opened_behind_what_is_closed_in_it(tmp_path):
+    source, there = option_source(tmp_path, 'D/f')
+    os.chmod(str(source / 'D'), 0o700)
+    with option_watching(tmp_path, '--debugging') as running:
+        sent = records_of(running, lambda: (os.chmod(str(source / 'D/f'), 0o600), os.chmod(str(source / 'D'), 0o755)))
+        assert [line.split()[0] for line in sent] == ['00600', '00755'], sent
+
+
+def test_a_directory_is_opened_behind_all_that_is_closed_in_it_though_that_takes_several_turns(tmp_path):
+    names = ['D/%04d' % number for number in range(2500)]
+    source, there = option_source(tmp_path, *names)
+    os.chmod(str(source / 'D'), 0o700)
+    with option_watching(tmp_path, '--debugging') as running:
+        def change():
+            for name in names:
+                os.chmod(str(source / name), 0o600)
+            os.chmod(str(source / 'D'), 0o755)
+        sent = [line.split()[0] for line in records_of(running, change)]
+        assert sent.count('00755') == 1 and sent.index('00755') > max(i for i, mode in enumerate(sent) if mode == '00600')
+        until_equal(str(source), str(there), 10, running=running)
+
+
+@pytest.mark.parametrize('what, modes', [('D/f', {'D/f': 0o600}), ('D/s', {'D/s/f': 0o600, 'D/s': 0o700})])
+def test_what_is_closed_and_renamed_to_an_open_place_is_closed_before(tmp_path, what, modes):
+    source, there = option_source(tmp_path, 'D/f', 'D/s/f', 'pub/p')
+    os.chmod(str(source / 'D'), 0o700)
+    with option_watching(tmp_path, '--debugging') as running:
+        def change():
+            for path, mode in modes.items():
+                os.chmod(str(source / path), mode)
+            os.rename(str(source / what), str(source / 'pub/new'))
+        sent = records_of(running, change)
+        move = next(at for at, line in enumerate(sent) if 'pub/new' in line and './D/' in line)
+        for path, mode in modes.items():
+            assert any(line.startswith('%05o -\\n./%s\\n' % (mode, path)) for line in sent[:move]), sent
+        until_equal(str(source), str(there), 10, running=running)
+
+
+def test_a_large_file_that_is_closed_while_it_is_on_its_way_is_closed_when_it_appears(tmp_path):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    os.mkdir(source)
+    os.mkdir(far)
+    connect, _ = fault_relay(tmp_path, 'bash', slow=0.005)
+    with Running(tmp_path, source, far, *connect) as running:
+        write(source + '/new', FAULT_BIG)
+        until(lambda: fault_staging(far + '/src'), 20, running.log)
+        os.chmod(source + '/new', 0o600)
+        mode = until(lambda: os.path.exists(far + '/src/new') and os.stat(far + '/src/new').st_mode, 30, running.log)
+        assert stat.S_IMODE(mode) == 0o600
+        until_equal(source, far + '/src', running=running)
+
+
+def test_what_git_left_out_comes_when_another_kind_of_thing_stands_there(tmp_path):
+    source, there = option_source(tmp_path, 'd/build/x', 'd/keep', 'kept')
+    git_init(str(source))
+    write(str(source / '.gitignore'), 'build/\nkept/\n')
+    write(str(tmp_path / 'prepared/build'), 'a file')
+    with option_watching(tmp_path) as running:
+        os.rename(str(source / 'd'), str(tmp_path / 'gone'))
+        until(lambda: not os.path.exists(str(there / 'd')), 10, running.log)
+        os.rename(str(tmp_path / 'prepared'), str(source / 'd'))
+        until(lambda: fault_holds(str(there), 'd/build', b'a file'), 10, running.log)
+        with at_once(running):
+            os.unlink(str(source / 'kept'))
+            write(str(source / 'kept/in'))
+            write(str(source / 'last'))
+        assert os.path.exists(str(there / 'last')) and not os.path.isdir(str(there / 'kept'))
+
+
+@pytest.mark.parametrize('names, change', [
+    ('b', ['b t', 'edit t', 't a']), ('b', ['b t', 'edit t', 't b']), ('b c', ['b t', 'edit t', 'c b', 't c']),
+    ('b', ['b ../out', 'edit ../out', '../out b']), ('b', ['b ../out', 'edit ../out', '../out a']),
+], ids=['elsewhere', 'and back', 'two change places', 'outside and back', 'outside and elsewhere'])
+def test_an_edit_between_renames_that_keeps_size_and_time_is_sent(tmp_path, names, change):
+    source, there = option_source(tmp_path)
+    for name in names.split():
+        write(str(source / name), 'AAAA', mtime_ns=10**18)
+    with option_watching(tmp_path) as running:
+        with at_once(running):
+            for step in change:
+                old, new = (str(source / name) for name in step.split())
+                if step.startswith('edit'):
+                    with open(new, 'r+b') as file:
+                        file.write(b'BBBB')
+                    os.utime(new, ns=(10**18, 10**18))
+                else:
+                    os.rename(old, new)
+        until_equal(str(source), str(there), 5, running=running)
+
+
+@pytest.mark.parametrize('far', OPTION_FARS)
+def test_a_rename_to_what_is_another_name_of_the_same_file_over_there_leaves_no_other(tmp_path, far):
+    source, _ = option_source(tmp_path, 'a', 'b')
+    there = option_replica(tmp_path, far)
+    for name in 'ab':
+        os.utime(str(source / name), (1, 1))
+    option_once(tmp_path, far=far)
+    os.unlink(there + '/b')
+    os.link(there + '/a', there + '/b')
+    with option_watching(tmp_path, far=far) as running:
+        os.rename(str(source / 'a'), str(source / 'b'))
+        running.says('renamed a -> b')
+        until_equal(str(source), there, 10, whole_seconds=True, running=running)
+
+
+@pytest.mark.parametrize('what', ['bulk', 'part'])
+def test_what_the_far_sides_dd_was_killed_in_the_midst_of_is_not_taken_for_whole(tmp_path, what):
+    """It had read all of it, and what it gave to a tar or another dd looks as if it were all there was."""
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    os.mkdir(far)
+    if what == 'bulk':
+        os.mkdir(source)
+    else:
+        write(source + '/big', FAULT_BIG)
+    connect = shell_command(tmp_path, 'dash')
+    fault_command(tmp_path / 'shims-dash', 'dd', """#!/bin/sh
+case $*/$FILE_REPLICATOR in
+  *count=*/?*)
+    if [ -p /dev/stdin ] && [ -e {0}/kill ] && {1} "$@" >{0}/all && [ "$(wc -c <{0}/all)" -gt 1024 ]; then
+      rm {0}/kill
+      head -c 1024 {0}/all
+      kill -9 $$
+    fi
+    [ ! -e {0}/all ] || {{ cat {0}/all; rm {0}/all; exit; }} ;;
+esac
+exec {1} "$@"
+""".format(tmp_path, need('dd')))
+    with Running(tmp_path, source, far, *connect) as running:
+        write(str(tmp_path / 'kill'))
+        if what == 'bulk':
+            os.rename(str(fault_few_files(tmp_path / 'made')), source + '/d')
+        else:
+            with open(source + '/big', 'r+b') as file:
+                file.seek((3 << 20) + 5000)
+                file.write(b'other')
+        until(lambda: not os.path.exists(str(tmp_path / 'kill')), 10, running.log)
+        until_equal(source, far + '/src', 20, running=running)
+
+
+def fault_few_files(directory):
+    for number in range(9):
+        write(str(directory / str(number)), 'data')
+    return directory
+
+
+@pytest.mark.parametrize('delay', [1.1, 1.3, 1.5])
+def test_a_signal_while_a_lost_connection_is_ended_leaves_nothing(tmp_path, delay):
+    source, there = option_source(tmp_path, 'a')
+    far = fault_command(tmp_path, 'connect', '#!%s\ntrap "" TERM HUP\necho $$ >%s/pid\n(bash)\nexec >&- 2>&-\nexec sleep 77\n'
+                        % (need('bash'), tmp_path))
+    with Running(tmp_path, source, there.parent, far) as running:
+        pid = int((tmp_path / 'pid').read_text())
+        inner = [int(line) for line in subprocess.run(['ps', '-o', 'pid=', '-s', str(pid)], stdout=subprocess.PIPE,
+                                                      check=True).stdout.split() if int(line) != pid]
+        for each in inner:
+            with contextlib.suppress(OSError):
+                os.kill(each, signal.SIGKILL)
+        until(lambda: os.readlink('/proc/%d/exe' % pid) != os.path.realpath(need('bash')), 5)
+        time.sleep(delay)               # not to wait for anything: this is when the signal comes
+        running.stop()
+        until(lambda: not os.path.exists('/proc/%d/exe' % pid), 5, running.log)
+
+
+@pytest.mark.parametrize('edit, status', [(r's/^\([0-9a-f]* + .*\)/\1\ntick/', 0), (r's/^\([0-9a-f]* at .*\)/\1\ntick/', 0),
+                                          (r's/^\([0-9a-f]* sums .*\)/\1\ntick/', 0), (r'/^[0-9a-f]* + /d', 1),
+                                          (r's/^\([0-9a-f]* + .*\) .*/\1/', 1)])
+@pytest.mark.parametrize('full', [False, True])
+def test_a_line_that_comes_between_or_is_lost_is_no_reason_for_a_traceback(tmp_path, monkeypatch, capfd, edit, status, full):
+    source, there = option_source(tmp_path, 'a', 'b', 'd/c')
+    if full:
+        option_once(tmp_path)
+        write(str(source / 'b'), 'other')
+    monkeypatch.setattr(fr, 'GIVE_UP_SECONDS', 1)
+    words = ['--checksum', '--no-replicate-on-change', str(source), str(there.parent), 'sh', '-c', 'bash | sed -u %s' % shlex.quote(edit)]
+    assert fr.main(words) == status
+    assert ('changes what the far side says' in capfd.readouterr().err) == bool(status)
+    assert status or not difference(str(source), str(there))
+
+
+def test_what_is_mounted_in_the_replica_stays_though_a_line_comes_between(fault_open):
+    source, far = fault_open + '/src', fault_open + '/far'
+    write(source + '/m/in')
+    write(fault_open + '/theirs/data')
+    os.makedirs(far + '/src/m')
+    with fault_mount(far + '/src/m', '--bind', fault_open + '/theirs'):
+        once('--mirror', '--no-replicate-on-change', source, far, 'sh', '-c', 'bash | sed -u "/ at /a noise"')
+        assert sorted(os.listdir(fault_open + '/theirs')) == ['data', 'in']
+
+
+def test_what_is_removed_here_makes_room_where_nothing_can_be_made(fault_open):
+    source, far = fault_open + '/src', fault_open + '/far'
+    os.mkdir(source)
+    with fault_tmpfs(far, 'size=4m,nr_inodes=24'):
+        with Running(fault_open, source, far, 'bash') as running:
+            for number in range(40):
+                write('%s/%02d' % (source, number))
+            running.says('No space left')
+            until(lambda: os.statvfs(far).f_ffree == 0 and not fault_staging(far + '/src'), 20, running.log)
+            running.cut()
+            until(lambda: running.err().count('No space left') > 1, 20, running.log)
+            for name in sorted(os.listdir(far + '/src'))[:15] + ['%02d' % number for number in range(25, 40)]:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(source + '/' + name)
+            until_equal(source, far + '/src', 60, running=running)
+
+
+def test_a_remote_hook_that_removes_what_is_not_tracked_is_no_other_program(tmp_path):
+    source, there = option_source(tmp_path, 'f')
+    with option_watching(tmp_path, '--remote-hook', 'ls -A >%s/seen; rm -rf ./.[!.]*; cat >>%s/read' % (tmp_path, tmp_path)) as running:
+        for number in range(5):
+            write(str(source / 'f'), str(number))
+            until(lambda: (tmp_path / 'read').exists() and (tmp_path / 'read').read_bytes() == b'f\0' * (number + 2), 10, running.log)
+        until_equal(str(source), str(there), running=running)
+        assert (tmp_path / 'seen').read_text() == 'f\n' and running.err() == ''
+
+
+def test_in_a_submodule_that_was_put_aside_git_is_asked_about_what_stands_there(tmp_path):
+    library, source = tmp_path / 'library', tmp_path / 'src'
+    git_init(library)
+    write(str(library / '.gitignore'), '*.l\n')
+    git(library, 'add', '-A')
+    git(library, 'commit', '-qm', '1')
+    git_init(source)
+    git(source, 'submodule', '--quiet', 'add', str(library), 'lib')
+    write(str(source / 'lib/old.l'))
+    os.mkdir(str(tmp_path / 'there'))
+    with option_watching(tmp_path) as running:
+        os.rename(str(source / 'lib'), str(source / 'lib2'))
+        until(lambda: fault_holds(str(tmp_path / 'there/src'), 'lib2/.gitignore', b'*.l\n'), 10, running.log)
+    git(source, 'submodule', '--quiet', 'update')
+    option_once(tmp_path)
+    assert not os.path.exists(str(tmp_path / 'there/src/lib2/old.l'))
+    assert os.path.exists(str(tmp_path / 'there/src/lib/.gitignore'))
+
+
+def test_changed_rules_are_taken_up_where_git_s_own_directory_is_behind_a_link(tmp_path):
+    source, there = option_source(tmp_path, 'x.o', 'n1')
+    git_init(source)
+    write(str(source / '.gitignore'), '*.o\n')
+    os.rename(str(source / '.git/info'), str(tmp_path / 'info'))
+    os.symlink(str(tmp_path / 'info'), str(source / '.git/info'))
+    os.rename(str(source / '.git'), str(tmp_path / 'real.git'))
+    os.symlink(str(tmp_path / 'real.git'), str(source / '.git'))
+    write(str(tmp_path / 'info/exclude'), 'n*\n')
+    before = time.time()
+    with option_watching(tmp_path) as running:
+        until(lambda: time.time() > before + 1, 5)      # else git's own time tells
+        git(source, 'add', '-f', 'x.o')
+        until(lambda: os.path.exists(str(there / 'x.o')), 10, running.log)
+        before = time.time()
+        until(lambda: time.time() > before + 1, 5)
+        write(str(tmp_path / 'info/exclude'), '')
+        until(lambda: os.path.exists(str(there / 'n1')), 10, running.log)
