@@ -3090,7 +3090,8 @@ class Replica:
         self.announced = False
         self.settled.clear()
         for verb, group in itertools.groupby(steps, lambda step: 'new' if step.verb in NEW else step.verb):
-            if verb != 'remove':        # which needs no room, and may make some
+            # It needs no room to remove, and may make some; but at first it is not known what stands there.
+            if verb != 'remove' or not self.begun:
                 self.probe()
             if verb == 'new':
                 self.send_entries(group)

@@ -8161,3 +8161,15 @@ def test_changed_rules_are_taken_up_where_git_s_own_directory_is_behind_a_link(t
         until(lambda: time.time() > before + 1, 5)
         write(str(tmp_path / 'info/exclude'), '')
         until(lambda: os.path.exists(str(there / 'n1')), 10, running.log)
+
+
+@pytest.mark.parametrize('option', ['--clean-out-first', '--mirror'])
+def test_a_source_that_is_its_own_replica_by_another_way_is_not_emptied(fault_open, option):
+    source, far = fault_open + '/src', fault_open + '/far'
+    write(source + '/file')
+    write(source + '/left.out')
+    os.makedirs(far + '/src')
+    with fault_mount(far + '/src', '--bind', source):
+        done = once(option, '--exclude', 'none', source, far, 'bash', expect=1)
+        assert 'are the same or one is inside the other' in done.stderr
+        assert sorted(os.listdir(source)) == ['file', 'left.out']
