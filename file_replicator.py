@@ -1521,6 +1521,10 @@ class Source:
             if kind == 'f' and before is not None and (
                     before.ctime_ns == entry.ctime_ns if why else before[:6] == entry[:6]):
                 self.changed[path] = CONTENT
+            # Nor does one tell of what was written through a name elsewhere: a new time is no mere touch.
+            elif (kind == 'f' and before is not None and status.st_nlink > 1
+                  and before.mtime_ns != entry.mtime_ns):
+                self.changed[path] = max(LOOK, self.changed[path])
             elif kind == 'f' and before is not None and is_below(path, self.replaced):
                 self.changed[path] = max(OTHER, self.changed[path])
             elif kind == 'd' and before is not None and is_another(before, entry):

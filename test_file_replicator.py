@@ -8173,3 +8173,14 @@ def test_a_source_that_is_its_own_replica_by_another_way_is_not_emptied(fault_op
         done = once(option, '--exclude', 'none', source, far, 'bash', expect=1)
         assert 'are the same or one is inside the other' in done.stderr
         assert sorted(os.listdir(source)) == ['file', 'left.out']
+
+
+def test_what_was_written_through_a_name_elsewhere_is_sent_though_only_the_mode_had_an_event(tmp_path):
+    source, there = option_source(tmp_path)
+    write(str(source / 'f'), '000001', mtime_ns=10**18)
+    os.link(str(source / 'f'), str(tmp_path / 'elsewhere'))
+    with option_watching(tmp_path) as running:
+        with open(str(tmp_path / 'elsewhere'), 'r+') as file:
+            file.write('000002')
+        os.chmod(str(source / 'f'), 0o600)
+        until_equal(str(source), str(there), 5, running=running)
