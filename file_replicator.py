@@ -182,13 +182,14 @@ beside() { temp=${1%/*}/$mark; ! stands "$temp" || rm -f "$temp"; }
 # Makes way at $1 for what is no directory: mv and ln would go into a directory, or through a link to one.
 clear_way() { [ ! -d "$1" ] || if [ -h "$1" ]; then rm -f "$1"; else rmdir "$1"; fi; }
 
-# Puts $1 at $2, in one rename. busybox's mv replaces no link that it cannot follow. A file that is a mount
+# Puts $1 at $2, in one rename. Not every mv replaces each link. A file that is a mount
 # point cannot be renamed over: it is written with the bytes of one that we made; a link has no bytes, and cat
 # would read what it leads to.
 put() {
   clear_way "$2" || return
   mv -f "$1" "$2" 2>/dev/null && return
-  [ ! -h "$2" ] || rm -f "$2"
+  # shellcheck disable=SC3013 # GNU's mv puts no link over the very file that it leads to
+  if [ -h "$2" ] || { [ -h "$1" ] && [ "$1" -ef "$2" ]; } 2>/dev/null; then rm -f "$2"; fi
   said=$(mv -f "$1" "$2" 2>&1) && return
   case $said in
     *[Bb]usy*)
@@ -356,6 +357,7 @@ do_hook() {
   echo "$nonce + begun"
   {
     do_rest                             # it holds nothing else now, and git clean, as a hook, would take it
+    [ -z "$root_time" ] || "$touch" -d "@$root_time" .
     (
       trap - 0 HUP INT TERM PIPE
       unset FILE_REPLICATOR
@@ -855,7 +857,8 @@ class Git:
         self.directory = self.find_directory()
         if not self.directory:
             self.use_empty_repository()
-        elif not self.above:            # not where its settings say: a submodule that was moved is here
+        elif not self.above and os.path.lexists(self.directory + '/HEAD'):      # else git looks further up
+            # Not where its settings say: a submodule that was moved is here.
             self.environment['GIT_WORK_TREE'] = os.path.realpath(self.top)
 
     def rule_directories(self) -> List[str]:
@@ -3008,9 +3011,9 @@ class Replica:
         size = sum(bulk_size(here) for _, here, _ in pairs)
         self.report.expect([here for _, here, _ in pairs])
         if (len(changed) > BULK_PATHS or size > BULK_BYTES * 4) and not self.options.dry_run:
-            # what went, what may have moved, and directories that are not for everybody any more
-            known = [pair for pair in pairs if None not in pair and pair[1].kind == 'd']
-            exchanged = {path for path, here, there in known if is_another(there, here)}
+            # what went, what may have moved, and what is not for everybody any more
+            known = [pair for pair in pairs if None not in pair and pair[1].kind == pair[2].kind]
+            exchanged = {path for path, here, there in known if here.kind == 'd' and is_another(there, here)}
             first = exchanged.union((path for path, here, there in known if keeps_out(there, here)),
                                     (path for path, here, _ in pairs if here is None))
             movable = {remote.get(below).inode for path in first if remote.get(path) is not None
@@ -3310,6 +3313,12 @@ class Replica:
         job = self.jobs[step.path] = Job('part%d' % next(self.job_numbers), step)
         job.parts = self.upload(job)
         take_back(self.remote, step)
+        there = step.before             # it stands until then, and may be where nobody was let in
+        if there is not None and there.kind == 'f' and keeps_out(there, step.entry):
+            closing = Step('meta', step.path,
+                           there._replace(mode=there.mode & step.entry.mode, mtime_ns=None), 'm', there)
+            apply(self.remote, closing)
+            self.post('meta', self.meta_words(closing), [wire(step.path)], [closing])
 
     def cancel(self, path: str) -> None:
         job = self.jobs.pop(path, None)

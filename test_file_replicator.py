@@ -8184,3 +8184,46 @@ def test_what_was_written_through_a_name_elsewhere_is_sent_though_only_the_mode_
             file.write('000002')
         os.chmod(str(source / 'f'), 0o600)
         until_equal(str(source), str(there), 5, running=running)
+
+
+def test_a_git_directory_that_is_no_repository_leaves_the_rules_from_above_in_force(tmp_path):
+    git_init(tmp_path)
+    write(str(tmp_path / '.gitignore'), '/src/log/\n*.o\n')
+    source, there = option_source(tmp_path, 'a.o', 'kept', 'log/private')
+    os.mkdir(str(source / '.git'))
+    option_once(tmp_path)
+    assert option_paths(there) == ['kept']
+
+
+def test_a_remote_hook_sees_the_time_of_the_replica_itself(tmp_path):
+    source, there = option_source(tmp_path, 'f')
+    with option_watching(tmp_path, '--remote-hook', 'stat -c %%Y . >%s/seen' % tmp_path) as running:
+        write(str(source / 'f'), 'more')
+        os.utime(str(source), (10**9, 10**9))
+        until_equal(str(source), str(there), 10, running=running)
+        write(str(source / 'f'), 'and more')
+        until(lambda: (tmp_path / 'seen').exists() and (tmp_path / 'seen').read_text() == '1000000000\n', 10, running.log)
+
+
+@pytest.mark.parametrize('target', ['conf.new', 'conf'])
+def test_a_link_takes_the_place_of_the_very_file_it_leads_to(tmp_path, target):
+    source, there = option_source(tmp_path, 'conf')
+    option_once(tmp_path, far='dash')
+    os.rename(str(source / 'conf'), str(source / 'conf.new'))
+    os.symlink(target, str(source / 'conf'))
+    done = option_once(tmp_path, far='dash')
+    assert not done.stderr and os.readlink(str(there / 'conf')) == target
+
+
+def test_the_old_version_of_a_large_file_is_closed_before_its_directory_is_opened(tmp_path):
+    source, there = option_source(tmp_path)
+    write(str(source / 'd/large'), FAULT_BIG)
+    os.chmod(str(source / 'd'), 0o700)
+    with option_watching(tmp_path, '--debugging') as running:
+        def change():
+            write(str(source / 'd/large'), FAULT_BIG[::-1])
+            os.chmod(str(source / 'd/large'), 0o600)
+            os.chmod(str(source / 'd'), 0o755)
+        sent = records_of(running, change)
+        assert [line.split()[0] for line in sent if line.startswith('00')][:2] == ['00600', '00755'], sent
+        until_equal(str(source), str(there), 10, running=running)
