@@ -1139,6 +1139,7 @@ class LeftOut:
 # ==== 4. Look: what stands here, and where to look again ====================================================
 
 KINDS = {stat.S_IFREG: 'f', stat.S_IFDIR: 'd', stat.S_IFLNK: 'l'}  # all else is 's': a socket, FIFO or device
+GONE_NS = 1 << 62               # when what is gone was made: it is no older than anything
 TICK_NS = 50 * 10**6            # by which the time of a file may lag behind the clock, at most
 # of git's own directory, and of those above the root; the last two come with a new repository
 RULES = '.gitignore', 'exclude', 'index', 'config', 'HEAD', 'info'
@@ -1175,7 +1176,7 @@ def made_ns(path: str) -> int:
     status = room(256)
     here, no_follow, made = -100, 0x100, 0x800          # AT_FDCWD, AT_SYMLINK_NOFOLLOW, STATX_BTIME
     if call(here, os.fsencode(path), no_follow, made, status):
-        return 0 if os.path.lexists(path) else 1 << 62
+        return 0 if os.path.lexists(path) else GONE_NS
     known, seconds, nanoseconds = struct.unpack_from('=I76xqI', status)
     return seconds * 10**9 + nanoseconds if known & made else 0
 
@@ -1861,7 +1862,10 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
                 and (there is None or there.kind in 'fl' and here.kind != 'd' and there.inode != here.inode)
                 and (here.kind == 'd' or was.size == here.size and was.mtime_ns == here.mtime_ns
                      and was.target == here.target and CONTENT not in (paths.get(old), paths.get(path)))
-                and made_ns(path) <= was.ctime_ns and may_move(old, path)):
+                and (made_ns(path) <= was.ctime_ns
+                     # one that went on meanwhile: all that is in it is compared by itself
+                     or here.kind == 'd' and made_ns(path) == GONE_NS)
+                and may_move(old, path)):
             if here.kind == 'd' and parent(old) != parent(path):
                 open_up(old, 0o700)     # its own .. is written
             for each in [old, *remote.below(old)]:      # nobody may see it come whom it keeps out by then
