@@ -73,15 +73,18 @@ RECEIVER = r'''# What file_replicator.py runs on the far side: functions only; o
 # Says why this session cannot go on, and ends it.
 give_up() { echo "$nonce stop $1"; exit 1; }
 
-# Ends the session. The staging goes, and with it whatever was half-way; the root gets its time back.
+# Ends the session. The staging goes, and with it whatever was half-way.
 leave() {
   trap - 0 HUP INT TERM PIPE
   [ -z "$temp" ] || rm -f "$temp"
-  if [ -n "$staged" ] && [ -d "$stage" ]; then
-    rm -rf "$stage"
-    [ -z "$root_time" ] || "$touch" -d "@$root_time" .
-  fi
+  [ -z "$staged" ] || [ ! -d "$stage" ] || unstage
   exit 0
+}
+
+# Removes the staging; the root gets its time back.
+unstage() {
+  rm -rf "$stage" && staged=''
+  [ -z "$root_time" ] || "$touch" -d "@$root_time" .
 }
 
 # Removes what this session made on the way. What stayed would come among what is made next. rm also fails in
@@ -182,9 +185,9 @@ beside() { temp=${1%/*}/$mark; ! stands "$temp" || rm -f "$temp"; }
 # Makes way at $1 for what is no directory: mv and ln would go into a directory, or through a link to one.
 clear_way() { [ ! -d "$1" ] || if [ -h "$1" ]; then rm -f "$1"; else rmdir "$1"; fi; }
 
-# Puts $1 at $2, in one rename. Not every mv replaces each link. A file that is a mount
-# point cannot be renamed over: it is written with the bytes of one that we made; a link has no bytes, and cat
-# would read what it leads to.
+# Puts $1 at $2, in one rename. Not every mv replaces each link. A file that is a mount point cannot be
+# renamed over: it is written with the bytes of one that we made; a link has no bytes, and cat would read what
+# it leads to.
 put() {
   clear_way "$2" || return
   mv -f "$1" "$2" 2>/dev/null && return
@@ -356,8 +359,7 @@ do_hook() {
   store "$stage/hook" || return 1
   echo "$nonce + begun"
   {
-    do_rest                             # it holds nothing else now, and git clean, as a hook, would take it
-    [ -z "$root_time" ] || "$touch" -d "@$root_time" .
+    unstage                             # it holds nothing else now, and git clean, as a hook, would take it
     (
       trap - 0 HUP INT TERM PIPE
       unset FILE_REPLICATOR
@@ -712,7 +714,7 @@ def is_news(step: Step) -> bool:
 
 
 def is_passing(step: Step) -> bool:
-    """Whether a meta step sets what a directory has only until all in it is done."""
+    """Whether a meta step sets a mode that is there only meanwhile: the last one comes with or behind it."""
     return step.entry.mtime_ns is None
 
 
@@ -1797,12 +1799,6 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
                 disturbed.add(path)
                 take('meta', path, there._replace(mode=there.mode | 0o700, mtime_ns=None), 'm')
 
-    def close(path: str, here: Entry) -> None:
-        """Closes what stands there to those whom it keeps out here; the rest of its mode comes at the end."""
-        there = remote.get(path)
-        mode = there.mode & here.mode | (0o700 if there.kind == 'd' else 0)
-        take('meta', path, there._replace(mode=mode, mtime_ns=None), 'm')
-
     paths = dict(hints)
     gone: Set[str] = set()
     replaced: Set[str] = set()          # another thing stands there now than did, and so it may be in it
@@ -1872,7 +1868,7 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
                 goal = local.get(path + each[len(old):])
                 was = remote.get(each)
                 if goal is not None and was.kind == goal.kind and keeps_out(was, goal):
-                    close(each, goal)
+                    take('meta', each, closed(was, goal), 'm')
             take('move', path, remote.get(old), old)
             passed.clear()              # other directories stand at these paths now
             there = remote.get(path)
@@ -1902,7 +1898,7 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
                 take('remove', path, None)
             take('dir', path, here._replace(mode=here.mode & 0o777 | 0o700))
         elif there is not None and keeps_out(there, here):      # whom it keeps out sees nothing come
-            close(path, here)
+            take('meta', path, closed(there, here), 'm')
     for path in sorted(gone, reverse=True):
         there = remote.get(path)
         if there is not None and (delete or is_staging(path)):
@@ -1934,8 +1930,14 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
 
 
 def keeps_out(there: Entry, here: Entry) -> bool:
-    """Whether a directory is closed here to somebody for whom it is still open over there."""
+    """Whether something is closed here to somebody for whom it is still open over there."""
     return bool(there.mode & ~here.mode & 0o77)
+
+
+def closed(there: Entry, here: Entry) -> Entry:
+    """What stands over there, closed to those it keeps out here; the rest of its mode comes at the end."""
+    mode = there.mode & here.mode | (0o700 if there.kind == 'd' else 0)
+    return there._replace(mode=mode, mtime_ns=None)
 
 
 def set_meta(take: Callable, remote: Tree, path: str, there: Entry, here: Entry) -> None:
@@ -3319,8 +3321,7 @@ class Replica:
         take_back(self.remote, step)
         there = step.before             # it stands until then, and may be where nobody was let in
         if there is not None and there.kind == 'f' and keeps_out(there, step.entry):
-            closing = Step('meta', step.path,
-                           there._replace(mode=there.mode & step.entry.mode, mtime_ns=None), 'm', there)
+            closing = Step('meta', step.path, closed(there, step.entry), 'm', there)
             apply(self.remote, closing)
             self.post('meta', self.meta_words(closing), [wire(step.path)], [closing])
 
