@@ -544,7 +544,7 @@ main() {
   # faster.
   if [ "$1" != - ]; then
     # shellcheck disable=SC2016
-    lean='PATH=/nonexistent; dd </dev/null && [ "$(stat -c %s /)" ] && mv --help && command -v find rm tee wc'
+    lean='PATH=/nonexistent; stat -c %s / && type dd find mv rm tee wc'
     ! busybox sh -c "$lean" >/dev/null 2>&1 || exec busybox sh -c "$1" -
     ! command -v dash >/dev/null || exec dash -c "$1" -
     exec sh -c "$1" -
@@ -2186,7 +2186,10 @@ class Connection:
         # of the outer shell.
         line = 'R=%s; PATH="${PATH:+$PATH:}/usr/bin:/bin"; export PATH; %s\n'
         line = os.fsencode(line % (shlex.quote(program), START))
-        self.out.append(memoryview(line))
+        # A bash reads its commands from a pipe byte by byte, each with a call of the kernel. A head that is
+        # missing takes nothing, and so bash reads them as others do.
+        first = b'[ -z "${BASH_VERSINFO-}" ] || eval "$(command head -c %d 2>/dev/null)"\n' % len(line)
+        self.out += memoryview(first), memoryview(line)
         self.program_bytes = len(line)
 
     def send(self, verb: str, words: Sequence[str] = (), paths: Sequence[bytes] = (),

@@ -3912,6 +3912,10 @@ FAULT_STARTS = {
                      'export nonce root stage temp staged hook R p line; exec {shell}',
     'no environment': 'exec env -i {shell}', 'closed standard error': 'exec {shell} 2>&-', 'a gone directory':
         'mkdir {prints}.d && cd {prints}.d && rmdir {prints}.d && exec {shell}',
+    'a head that fails': 'mkdir -p {prints}.d && ln -sf "$(command -v false)" {prints}.d/head && '
+                         'PATH={prints}.d:$PATH && export PATH && exec {shell}',
+    'a head that reads ahead': 'mkdir -p {prints}.d && ln -sf "$(command -v busybox)" {prints}.d/head && '
+                               'PATH={prints}.d:$PATH && export PATH && exec {shell}',
 }
 
 
