@@ -336,8 +336,8 @@ do_bulk() {
     { into "$p" "$made"/* && into "$p" "$made"/.[!.]* && into "$p" "$made"/..?*; } || failed=1
   done
   # What stayed would be lost: yash's patterns match no name that is no text of its locale.
-  [ "$failed" = 1 ] || rmdir "$stage"/b/* 2>/dev/null || failed=1
-  scrap "$stage/b" "$stage/s"
+  if [ "$failed" = 1 ] || ! rmdir "$stage"/b/* "$stage/b" 2>/dev/null; then failed=1; scrap "$stage/b"; fi
+  [ "$w1" = tar ] || scrap "$stage/s"
   return $failed
 }
 
@@ -3052,7 +3052,12 @@ class Replica:
                 busy = busy or state is not False
         # what seems to be gone of a source that is gone may not be
         size, some, most = 0, {}, self.far.record_bytes if self.far.has_room() and not self.source.gone else 0
+        path = ''
         while self.waiting and len(some) < BULK_PATHS and size < most:
+            # Where it can, it ends with a directory, whose time else would have to be set once more.
+            following = parent(next(iter(self.waiting)))
+            if max(len(some) / BULK_PATHS, size / most) > 0.85 and following not in (path, parent(path)):
+                break
             path, why = self.waiting.popitem(last=False)
             some[path] = why
             size += bulk_size(self.source.tree.get(path))
