@@ -3093,10 +3093,12 @@ class Replica:
 
     def may_move(self, old: str, new: str) -> bool:
         """Whether something over there may be renamed. Not to another file system, where it would be copied
-        in place, nor with such in it; nor with what is not ours and would be at its new place."""
+        in place, nor with such in it; nor with what is not ours and would be at its new place. Nor a file to
+        what may be the same name there: see do_move."""
         at, to = ([above for above in ancestors(path) if above in self.mounts] for path in (old, new))
         return (at == to and not any((mount + '/').startswith(old + '/') for mount in self.mounts)
-                and (not self.remote.is_directory(old) or self.source.left_out.may_move(old, new)))
+                and (self.source.left_out.may_move(old, new) if self.remote.is_directory(old)
+                     else old.lower() != new.lower()))
 
     def carry_out(self, steps: List[Step]) -> None:
         """Sends steps that were planned, which `remote` has taken already. In a dry run it only says them."""
@@ -3611,6 +3613,7 @@ def replicate(options: Options) -> int:
                 with connecting(options.command, nonce, text, report) as far:
                     source.meanwhile = lambda: (far.turn(0), source.listen())
                     replica.meet(far, retry.connected)
+                    retry.compared()
                     keep_in_step(options, source, replica, hooks, report)
                     return 1 if report.problems else 0
             except Lost as why:
@@ -3674,6 +3677,7 @@ class Retry:
     def __init__(self, options: Options, report: Report):
         self.options, self.report = options, report
         self.since = 0.0                # when it last connected; 0: never
+        self.has_compared = False       # ever
         self.lost_at = 0.0              # when it was said that it lost that connection
         self.reasons: Set[str] = set()  # that were said since, without numbers; none while it is connected
         self.delay = 0.0
@@ -3681,10 +3685,14 @@ class Retry:
         self.taken: List[float] = []    # when our staging was taken away
 
     def connected(self) -> None:
-        if self.reasons:
-            self.report.warn('connected again' if self.since else 'connected')
-            self.reasons.clear()
         self.since = time.monotonic()
+
+    def compared(self) -> None:
+        """Only now is it said: where nothing can be written, as on a full disk, no connection gets here."""
+        if self.reasons:
+            self.report.warn('connected again' if self.has_compared else 'connected')
+            self.reasons.clear()
+        self.has_compared = True
 
     def wait(self, why: Lost, source: Source, confirmed: int) -> None:
         """Waits before the next attempt, collecting events. `confirmed` is how much was replicated yet.

@@ -8118,6 +8118,36 @@ def test_what_is_removed_here_makes_room_where_nothing_can_be_made(fault_open):
             until_equal(source, far + '/src', 60, running=running)
 
 
+def test_a_file_whose_name_changes_its_case_goes_and_comes_since_both_may_be_one_name_over_there(tmp_path):
+    source, there = option_source(tmp_path, 'Readme', 'Dir/f')
+    with option_watching(tmp_path) as running:
+        os.rename(str(source / 'Readme'), str(source / 'README'))
+        os.rename(str(source / 'Dir'), str(source / 'dir'))
+        until_equal(str(source), str(there), running=running)
+        running.in_step(2)
+        assert running.out().index('removed Readme') < running.out().index('sent README') and 'renamed Dir -> dir' in running.out()
+
+
+def test_while_nothing_at_all_can_be_made_over_there_one_connection_is_lost_and_the_reason_said_once(fault_open):
+    source, far = fault_open + '/src', fault_open + '/far'
+    write(source + '/f')
+    with fault_tmpfs(far, 'size=1m,nr_inodes=8'):
+        with Running(fault_open, source, far, 'bash') as running:
+            filling = []
+            with contextlib.suppress(OSError):
+                while True:
+                    filling.append('%s/filling%d' % (far, len(filling)))
+                    write(filling[-1])
+            running.cut()
+            write(source + '/more')
+            running.says('still no connection: cannot write to %s/src over there' % far)
+            assert running.err().count('connection lost') == 1 and 'connected again' not in running.err(), running.log()
+            for path in filling[:-1]:
+                os.unlink(path)
+            until_equal(source, far + '/src', running=running)
+            running.says('connected again')
+
+
 def test_a_remote_hook_that_removes_what_is_not_tracked_is_no_other_program(tmp_path):
     source, there = option_source(tmp_path, 'f')
     with option_watching(tmp_path, '--remote-hook', 'ls -A >%s/seen; rm -rf ./.[!.]*; cat >>%s/read' % (tmp_path, tmp_path)) as running:
