@@ -1334,8 +1334,9 @@ class Source:
             if directory.startswith('\0'):          # git's own directory, or one above the root
                 self.rules_changed = self.rules_changed or name in RULES
                 continue
-            if not directory and mask & flags.MOVE_SELF:
+            if not directory and mask & (flags.MOVE_SELF | flags.UNMOUNT):
                 self.hint_everything()  # what was seen and said while it was elsewhere counts for nothing
+                self.gone = self.gone or bool(mask & flags.UNMOUNT)
             if name in ('.gitignore', '.git') and self.left_out.ask_git:
                 self.rules_changed = True
             path = (directory + '/' + name if directory else name) if name else directory
@@ -1660,10 +1661,10 @@ class Source:
     def root_is_there(self) -> bool:
         """Whether the source can be trusted to be what it was. One that is gone, or empty where another file
         system was, is not a source that was emptied: nothing is removed over there, and it is looked for
-        every second."""
+        every second. Once it was gone, its numbers may be those of another file system."""
         identity, there = self.root_identity(), False
         with contextlib.suppress(OSError):
-            there = identity is not None and (self.identity in (None, identity)
+            there = identity is not None and (not self.gone and self.identity in (None, identity)
                                               or bool(os.listdir(self.root)))
         if not there:
             self.report.problem('', 'is gone, or empty and not what it was: nothing is removed over there, '
@@ -2186,9 +2187,10 @@ class Connection:
         # of the outer shell.
         line = 'R=%s; PATH="${PATH:+$PATH:}/usr/bin:/bin"; export PATH; %s\n'
         line = os.fsencode(line % (shlex.quote(program), START))
-        # A bash reads its commands from a pipe byte by byte, each with a call of the kernel. A head that is
-        # missing takes nothing, and so bash reads them as others do.
-        first = b'[ -z "${BASH_VERSINFO-}" ] || eval "$(command head -c %d 2>/dev/null)"\n' % len(line)
+        # A bash reads its commands from a pipe byte by byte, each with a call of the kernel, but not an
+        # interactive one. A head that is missing takes nothing, and so bash reads them as others do.
+        first = (b'case ${BASH_VERSINFO-}/$- in /* | *i*) ;; '
+                 b'*) builtin eval "$(builtin command head -c %d 2>/dev/null)" ;; esac\n' % len(line))
         self.out += memoryview(first), memoryview(line)
         self.program_bytes = len(line)
 
@@ -2806,9 +2808,8 @@ class Replica:
 
     # ---- a new connection
 
-    def meet(self, far: Connection, connected: Callable[[], None]) -> None:
-        """Looks at what stands here while the far side starts; then compares, and sends what differs. Calls
-        `connected` in between."""
+    def meet(self, far: Connection, retry: Retry) -> None:
+        """Looks at what stands here while the far side starts; then compares, and sends what differs."""
         options, source = self.options, self.source
         self.far = far
         if self.was_cut:                # perhaps since the link is slow, and what was sent took too long
@@ -2822,7 +2823,7 @@ class Replica:
         while far.phase != 'live':
             far.turn(None, source.watch.fd)
             source.listen()
-        connected()
+        retry.connected()
         self.session = far.nonce
         while True:
             for path, why in source.look().items():
@@ -2831,6 +2832,7 @@ class Replica:
                 break
             if not options.watch:
                 raise Stop('%s went while it was looked at' % shown(source.root))
+            retry.say_connected()
             far.turn(1)
         if far.listed_as('at') and all(path for path, _, _ in far.entries()):
             raise (Lost if self.begun else Stop)(
@@ -2863,6 +2865,7 @@ class Replica:
         self.take_in(hints)
         if options.watch:
             self.probe()                # now, rather than before the first edit
+        retry.say_connected()
         self.begun = True
 
     def listed(self) -> Iterator[Tuple[str, Entry]]:
@@ -3612,8 +3615,7 @@ def replicate(options: Options) -> int:
                 text = program(options, nonce, replica.session, [] if everything else left_out.find_words())
                 with connecting(options.command, nonce, text, report) as far:
                     source.meanwhile = lambda: (far.turn(0), source.listen())
-                    replica.meet(far, retry.connected)
-                    retry.compared()
+                    replica.meet(far, retry)
                     keep_in_step(options, source, replica, hooks, report)
                     return 1 if report.problems else 0
             except Lost as why:
@@ -3677,9 +3679,9 @@ class Retry:
     def __init__(self, options: Options, report: Report):
         self.options, self.report = options, report
         self.since = 0.0                # when it last connected; 0: never
-        self.has_compared = False       # ever
         self.lost_at = 0.0              # when it was said that it lost that connection
         self.reasons: Set[str] = set()  # that were said since, without numbers; none while it is connected
+        self.good_news = ''             # what is said once it is
         self.delay = 0.0
         self.confirmed, self.stuck_since = -1, 0.0      # how much was replicated, since which loss
         self.taken: List[float] = []    # when our staging was taken away
@@ -3687,12 +3689,11 @@ class Retry:
     def connected(self) -> None:
         self.since = time.monotonic()
 
-    def compared(self) -> None:
-        """Only now is it said: where nothing can be written, as on a full disk, no connection gets here."""
+    def say_connected(self) -> None:
+        """Not at once: a connection that can write nothing, as to a full disk, ends before."""
         if self.reasons:
-            self.report.warn('connected again' if self.has_compared else 'connected')
+            self.report.warn(self.good_news)
             self.reasons.clear()
-        self.has_compared = True
 
     def wait(self, why: Lost, source: Source, confirmed: int) -> None:
         """Waits before the next attempt, collecting events. `confirmed` is how much was replicated yet.
@@ -3719,6 +3720,7 @@ class Retry:
         elif not self.reasons:
             self.report.warn('connection lost: %s; connecting again' % why if self.since else
                              'waiting for the far side: %s' % why)
+            self.good_news = 'connected again' if self.since else 'connected'
             self.lost_at, self.reasons = now, {reason}
         elif (now - self.lost_at > REASON_SECONDS and reason not in self.reasons
               and len(self.reasons) < REASONS_MOST):

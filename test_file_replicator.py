@@ -3912,6 +3912,8 @@ FAULT_STARTS = {
                      'export nonce root stage temp staged hook R p line; exec {shell}',
     'no environment': 'exec env -i {shell}', 'closed standard error': 'exec {shell} 2>&-', 'a gone directory':
         'mkdir {prints}.d && cd {prints}.d && rmdir {prints}.d && exec {shell}',
+    'without line editing': '[ {shell} = "$(command -v bash)" ] && exec {shell} --noediting -i 2>/dev/null; exec {shell}',
+    'functions': 'exec env "BASH_FUNC_eval%%=() {{ :; }}" "BASH_FUNC_[%%=() {{ cat; }}" "BASH_FUNC_command%%=() {{ echo \\"\\$@\\"; }}" {shell}',
     'a head that fails': 'mkdir -p {prints}.d && ln -sf "$(command -v false)" {prints}.d/head && '
                          'PATH={prints}.d:$PATH && export PATH && exec {shell}',
     'a head that reads ahead': 'mkdir -p {prints}.d && ln -sf "$(command -v busybox)" {prints}.d/head && '
@@ -4732,6 +4734,26 @@ def test_an_unmounted_source_removes_nothing_and_is_taken_up_when_it_is_mounted_
             write(source + '/file', 'other data')
             until_equal(source, far + '/src', running=running)
             write(source + '/file', 'watched')
+            until_equal(source, far + '/src', running=running)
+
+
+@pytest.mark.parametrize('how', ['at once', 'later'])
+def test_an_unmounted_source_that_comes_back_empty_was_not_emptied_though_its_numbers_are_the_same(how, fault_open):
+    source, far = fault_open + '/src', fault_open + '/far'
+    os.mkdir(far)
+    with fault_tmpfs(source, 'size=4m'):        # at its end what is mounted by then goes
+        write(source + '/file', 'data')
+        with Running(fault_open, source, far, 'bash') as running:
+            subprocess.run(['umount', source], check=True)
+            if how == 'later':
+                running.says('is gone, or empty')
+            subprocess.run(['mount', '-t', 'tmpfs', '-o', 'strictatime', 'none', source], check=True)
+            for _ in range(2):
+                looked = os.stat(source).st_atime_ns
+                until(lambda: os.stat(source).st_atime_ns != looked, 20, running.log)
+            running.says('is gone, or empty')
+            assert open(far + '/src/file').read() == 'data'
+            write(source + '/other', 'data')
             until_equal(source, far + '/src', running=running)
 
 
