@@ -1951,12 +1951,8 @@ def set_meta(take: Callable, remote: Tree, path: str, there: Entry, here: Entry)
 
 def differences(local: Tree, remote: Tree) -> Iterator[str]:
     """The paths where the two are not known to be the same."""
-    for path, here in local.entries.items():
-        if path and remote.get(path) is not here:
-            yield path
-    for path in remote.below(''):
-        if local.get(path) is None:
-            yield path
+    yield from (path for path, here in local.entries.items() if path and remote.get(path) is not here)
+    yield from (path for path in remote.entries if path and local.get(path) is None)
 
 
 def believe(listed: Iterable[Tuple[str, Entry]], local: Tree, known: Tree,
