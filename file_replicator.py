@@ -1755,12 +1755,13 @@ def forget_time(tree: Tree, path: str) -> None:
         tree.put(path, directory._replace(mtime_ns=None))
 
 
-def is_another(there: Entry, here: Entry, made_ns: Callable[[], int] = lambda: 0) -> bool:
-    """Whether what stands here is surely another thing than what was sent from here. The inode alone tells
-    nothing: some file systems give the same file a new number, and some give the number of what is gone to
-    what is made next. `made_ns` says when it was made, 0 if that is not known."""
+def is_another(there: Entry, here: Entry, made_ns: Callable[[str], int] = lambda path: 0,
+               path: str = '') -> bool:
+    """Whether what stands here, at a path, is surely another thing than what was sent from here. The inode
+    alone tells nothing: some file systems give the same file a new number, and some give the number of what
+    is gone to what is made next. `made_ns` is as for plan()."""
     return (there.inode is not None and here.inode is not None and there.ctime_ns != here.ctime_ns
-            and (there.inode != here.inode or made_ns() > there.ctime_ns))
+            and (there.inode != here.inode or made_ns(path) > there.ctime_ns))
 
 
 def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
@@ -1913,7 +1914,7 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
                 or here.kind == 'f' and (paths[path] == CONTENT
                                          or there.mtime_ns != here.mtime_ns
                                          and (paths[path] != META or there.mtime_ns is None)
-                                         or is_another(there, here, functools.partial(made_ns, path))
+                                         or is_another(there, here, made_ns, path)
                                          or there.inode != here.inode
                                          and (paths[path] == OTHER or is_below(path, replaced)))):
             take({'f': 'file', 'l': 'link'}[here.kind], path, here)
@@ -1965,8 +1966,7 @@ def believe(listed: Iterable[Tuple[str, Entry]], local: Tree, known: Tree,
         if parent(path) not in remote.inside:
             continue                    # what is above is not ours
         here, before = local.get(path), known.get(path)
-        if here is not None and before is not None and is_another(before, here,
-                                                                  functools.partial(made_ns, path)):
+        if here is not None and before is not None and is_another(before, here, made_ns, path):
             here = None
         sent = here or before           # its time may have been rounded down over there
         if sent is not None and entry.mtime_ns != sent.mtime_ns and same_time(entry.mtime_ns, sent.mtime_ns):
@@ -2395,14 +2395,10 @@ class Connection:
         again."""
         end = '.%s\n' % self.nonce
         for line in self.listing:
-            line, _, _ = line.rpartition(end)
-            words = line.split(' ', 5)
-            if len(words) < 6:
-                continue
-            kind, mode, size, when, device, rest = words
-            path, _, target = rest.partition('//')
             try:
-                if kind[0] == 'x':              # from stat: one number holds kind and mode
+                kind, mode, size, when, device, rest = line.rpartition(end)[0].split(' ', 5)
+                path, _, target = rest.partition('//')
+                if kind[:1] == 'x':     # from stat: one number holds kind and mode
                     bits = int(kind[1:], 16)
                     kind, permissions = KINDS.get(bits & 0o170000, 's'), bits & 0o7777
                 else:
