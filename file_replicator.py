@@ -665,11 +665,6 @@ class Signals:
     swallowed, as in a callback of Python's own, at the next turn."""
     asked = held = False
 
-    @classmethod
-    def check(cls) -> None:
-        if cls.asked:
-            raise Stopped
-
 
 class Lost(Exception):
     """This connection cannot go on; the text says why. Another may."""
@@ -2080,6 +2075,9 @@ def script(members: Iterable[Member], fine: bool, acl: bool) -> bytes:
 
 # ==== 7. Connection =========================================================================================
 
+Answered = Callable[[int, str, List[str]], None]        # takes the code, what was said before, and the values
+
+
 class Sent(NamedTuple):
     """A record on its way."""
     number: int
@@ -2087,8 +2085,7 @@ class Sent(NamedTuple):
     when: float                         # time.monotonic()
     verb: str
     is_slow: bool                       # over there it may take long
-    # called with the code, what was said before it, and the values
-    done: Callable[[int, str, List[str]], None]
+    done: Answered
 
 
 class FileSlice:
@@ -2191,13 +2188,12 @@ class Connection:
         self.program_bytes = len(line)
 
     def send(self, verb: str, words: Sequence[str] = (), paths: Sequence[bytes] = (),
-             payload: Sequence[Any] = (),
-             done: Callable[[int, str, List[str]], None] = lambda code, said, values: None,
+             payload: Any = b'', done: Answered = lambda code, said, values: None,
              is_slow: bool = False) -> None:
         self.number += 1
         if verb in ('part', 'base', 'bulk', 'hook', 'rest'):    # see main in the receiver
             self.is_staged = verb != 'rest'
-        length = sum(map(len, payload))
+        length = len(payload)
         marker = os.urandom(6).hex()
         head = record(verb, self.number, words, paths, length, marker)
         if self.report.options.debugging:
@@ -2207,8 +2203,8 @@ class Connection:
             self.moved = now
         self.flight.append(Sent(self.number, len(head) + length, now, verb, is_slow, done))
         self.bytes_in_flight += len(head) + length
-        pieces = [head, *payload, marker.encode() + b'\n'] if length else [head]
-        if 0 < length < BLOCK and isinstance(payload[0], bytes):        # one write for a small record
+        pieces = [head, payload, marker.encode() + b'\n'] if length else [head]
+        if length < BLOCK and isinstance(payload, bytes):       # one write for a small record
             pieces = [b''.join(pieces)]
         self.out.extend(memoryview(each) if isinstance(each, bytes) else each for each in pieces)
 
@@ -2258,7 +2254,8 @@ class Connection:
     def turn(self, seconds: Optional[float], other: Optional[int] = None) -> None:
         """Waits up to `seconds` (None: until something happens) for the far side or `other` to have
         something, writes what can be written, and calls what the answers that came are for."""
-        Signals.check()
+        if Signals.asked:
+            raise Stopped
         self.write()                    # most often the pipe takes it all
         poll = select.poll()
         for fd in (self.stdout, self.stderr, other):
@@ -2308,9 +2305,8 @@ class Connection:
         data = self.process.stderr.read(65536)
         if data == b'':
             self.stderr = None          # at its end; the object keeps the file
-        lines = lines_of(data or b'')
-        self.complaints.extend(line[:LINE] for line in lines)
-        for line in lines:
+        for line in lines_of(data or b''):
+            self.complaints.append(line[:LINE])
             self.report.debug('stderr', line)
 
     def hear(self, data: bytes) -> None:
@@ -3117,7 +3113,7 @@ class Replica:
                 self.send_metas(list(group))
             elif verb == 'move':
                 for step in group:
-                    self.post(verb, (), [wire(step.detail), wire(step.path)], [step])
+                    self.post(verb, (), [step], [wire(step.detail), wire(step.path)])
             else:
                 self.post_lists(verb, (), group)
         del self.flying[id(steps)]
@@ -3127,13 +3123,14 @@ class Replica:
         some: List[Step] = []
         for step in steps:
             if some and (len(some) == LIST_PATHS or step.path in self.tries or some[-1].path in self.tries):
-                self.post(verb, words, [wire(each.path) for each in some], some)
+                self.post(verb, words, some)
                 some = []
             some.append(step)
-        self.post(verb, words, [wire(each.path) for each in some], some)
+        self.post(verb, words, some)
 
-    def post(self, verb: str, words: Sequence[str], paths: Sequence[bytes], steps: List[Step],
-             payload: Sequence[bytes] = (), is_slow: bool = False) -> None:
+    def post(self, verb: str, words: Sequence[str], steps: List[Step], paths: Sequence[bytes] = (),
+             payload: bytes = b'', is_slow: bool = False) -> None:
+        """Sends steps as one record; with their paths, if no others are given."""
         when = time.monotonic()
         self.flying[id(steps)] = steps
         if verb == 'move':
@@ -3141,7 +3138,7 @@ class Replica:
         elif verb not in ('bulk', 'meta'):
             for step in steps:          # they change a directory's time
                 self.settled.pop(parent(step.path), None)
-        self.far.send(verb, words, paths, payload,
+        self.far.send(verb, words, paths or [wire(step.path) for step in steps], payload,
                       lambda code, said, _: self.answered(steps, when, code, said), is_slow)
 
     def time_of(self, entry: Entry) -> str:
@@ -3213,18 +3210,18 @@ class Replica:
 
     def send_one(self, step: Step, data: bytes, name: str = '-') -> None:
         """One by itself; of a file its bytes, or the name under which it is staged."""
-        entry, path = step.entry, wire(step.path)
+        entry = step.entry
         if step.verb == 'file':         # the umask alone gives a new file most modes, where it means anything
             plain = name == '-' and not entry.mode & ~0o666 and self.can.acl != 'acl'
             mode = '-' if plain else '%05o' % entry.mode
             words = umask_for(entry.mode), mode, self.time_of(entry), name
-            self.post('file', words, [path], [step], [data],
+            self.post('file', words, [step], (), data,
                       name != '-' and is_below(step.path, self.mounts))         # then it is copied there
         elif step.verb == 'dir':
-            self.post('dir', ('%03o' % (entry.mode & 0o777),), [path], [step])
+            self.post('dir', ('%03o' % (entry.mode & 0o777),), [step])
         else:
             target = os.fsencode(entry.target).replace(b'\n', b'/\n') + b'.'
-            self.post('link', (self.time_of(entry),), [target, path], [step])
+            self.post('link', (self.time_of(entry),), [step], [target, wire(step.path)])
 
     def send_batch(self, batch: List[Tuple[Step, bytes]]) -> None:
         """Each entry goes to the staging below the number of the directory it belongs in, the nearest that
@@ -3258,7 +3255,7 @@ class Replica:
             kind, payload = 'script', script(members, self.can.times == 'fine', self.can.acl == 'acl')
         else:
             kind, payload = 'tar', archive(members)
-        self.post('bulk', (kind,), [wire(path) for path in numbers], [step for step, _ in batch], [payload])
+        self.post('bulk', (kind,), [step for step, _ in batch], [wire(path) for path in numbers], payload)
         if self.can.bulk == 'tar':      # busybox's: no times but of files, and setuid and setgid only if root
             self.send_metas([step._replace(verb='meta', detail='t' if step.verb == 'link' else 'm',
                                            before=step.entry)
@@ -3328,7 +3325,7 @@ class Replica:
         if there is not None and there.kind == 'f' and keeps_out(there, step.entry):
             closing = Step('meta', step.path, closed(there, step.entry), 'm', there)
             apply(self.remote, closing)
-            self.post('meta', self.meta_words(closing), [wire(step.path)], [closing])
+            self.post('meta', self.meta_words(closing), [closing])
 
     def cancel(self, path: str) -> None:
         job = self.jobs.pop(path, None)
@@ -3348,7 +3345,7 @@ class Replica:
 
         def part(where: str, start: int, length: int) -> None:
             job.unanswered += 1
-            self.far.send('part', (where, job.name), (), [FileSlice(file, start, length, job)], answered)
+            self.far.send('part', (where, job.name), (), FileSlice(file, start, length, job), answered)
 
         def answered(code: int, said: str, _: List[str]) -> None:
             job.unanswered -= 1
@@ -3559,7 +3556,7 @@ class Replica:
             hooks.queue.put(self.confirmed.copy())
         self.confirmed.clear()
         if self.unhooked and self.options.remote_hook:
-            self.far.send('hook', (), (), [names_of(self.unhooked)], self.remote_hook_ended)
+            self.far.send('hook', (), (), names_of(self.unhooked), self.remote_hook_ended)
         else:
             self.unhooked.clear()
 
