@@ -1056,8 +1056,9 @@ class LeftOut:
         """Whether a path is left out, as far as git was last asked."""
         if path in self.ignored or self.ask_git and (path == '.git' or path.endswith('/.git')):
             return True
-        return any(regex.fullmatch(path) for _, regex, only_directories in self.patterns
-                   if is_directory or not only_directories)
+        return bool(self.patterns) and any(
+            regex.fullmatch(path) for _, regex, only_directories in self.patterns
+            if is_directory or not only_directories)
 
     def ask(self, paths: List[str], gone: bool = False) -> None:
         """Asks git about paths it was not asked about before. Of those that are gone here (they stand over
@@ -2791,7 +2792,6 @@ class Replica:
         self.since: Optional[Dict[str, int]] = None         # what changed since the first look
         self.unsure: Set[str] = set()               # where something may still stand that was about to go
         self.drifts = 0                             # in a row, without coming into step
-        self.was_cut = False                        # the last connection ended while something was on its way
         self.begun = self.announced = False         # begun: a first meeting came to its end
 
     # ---- a new connection
@@ -2799,9 +2799,9 @@ class Replica:
     def meet(self, far: Connection, retry: Retry) -> None:
         """Looks at what stands here while the far side starts; then compares, and sends what differs."""
         options, source = self.options, self.source
-        self.far = far
-        if self.was_cut:                # perhaps since the link is slow, and what was sent took too long
+        if self.far and self.far.flight:        # perhaps since the link is slow, and it took too long
             far.record_bytes = LEAST_BYTES
+        self.far = far
         source.own_staging = far.staging
         if self.begun and source.watch.fd is None:
             source.hint_everything()    # nothing else tells what changed meanwhile
@@ -2830,7 +2830,7 @@ class Replica:
         self.remote = believe(self.listed(), source.tree, self.remote, self.is_ours, source.made_ns)
         if far.can or self.overlaps() and not options.dry_run:
             self.probe()                # before anything is touched
-        hints = {path: CONTENT for path, why in self.waiting.items() if why in (OTHER, CONTENT)}
+        hints = {path: CONTENT for path, why in self.waiting.items() if why >= OTHER}
         # what stands there may look as what came there since, so that is sent
         hints.update((path, CONTENT) for path in self.unsure if source.tree.get(path) is not None)
         self.excused.difference_update(self.waiting)
@@ -2928,22 +2928,19 @@ class Replica:
     def lost(self) -> None:
         """Notes that what was on its way may or may not have arrived: it is compared anew, and files are sent
         again."""
-        unsure = [steps for steps, _ in self.answers] + list(self.flying.values())
-        for step in reversed(list(itertools.chain.from_iterable(unsure))):
+        on_its_way = [*(steps for steps, _ in self.answers), *self.flying.values()]
+        for step in reversed(list(itertools.chain.from_iterable(on_its_way))):
             if step.verb in ('remove', 'move'):         # what was about to go may still be there
                 for path in [step.path, *self.remote.below(step.path)]:
                     self.still_there((step.detail or step.path) + path[len(step.path):])
             if step.verb == 'file' or step.verb == 'move' and step.before is not None:
                 self.source.hint(step.path, CONTENT)        # what stood there may look the same
-        for path, why in self.waiting.items():
-            if why in (OTHER, CONTENT):         # what is listed has no inode of ours
-                self.source.hint(path, CONTENT)
-        for path in self.jobs:
+        # what is listed has no inode of ours
+        for path in [path for path, why in self.waiting.items() if why >= OTHER] + list(self.jobs):
             self.source.hint(path, CONTENT)
         if self.far and 'begun' in self.far.values:     # a hook, which may have ended the connection itself
             self.unhooked.clear()
         self.excused.difference_update(self.waiting)
-        self.was_cut = bool(self.far and self.far.flight)
         for state in (self.waiting, self.jobs, self.flying, self.answers):
             state.clear()
         self.can = None
