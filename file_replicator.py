@@ -182,14 +182,11 @@ stands() { [ -e "$1" ] || [ -h "$1" ]; }
 # link to one, that somebody made there.
 beside() { temp=${1%/*}/$mark; ! stands "$temp" || rm -f "$temp"; }
 
-# Makes way at $1 for what is no directory: mv and ln would go into a directory, or through a link to one.
-clear_way() { [ ! -d "$1" ] || if [ -h "$1" ]; then rm -f "$1"; else rmdir "$1"; fi; }
-
-# Puts $1 at $2, in one rename. Not every mv replaces each link. A file that is a mount point cannot be
-# renamed over: it is written with the bytes of one that we made; a link has no bytes, and cat would read what
-# it leads to.
+# Puts $1 at $2, in one rename. mv would go into a directory, or through a link to one: that makes way. Not
+# every mv replaces each link. A file that is a mount point cannot be renamed over: it is written with the
+# bytes of one that we made; a link has no bytes, and cat would read what it leads to.
 put() {
-  clear_way "$2" || return
+  [ ! -d "$2" ] || if [ -h "$2" ]; then rm -f "$2"; else rmdir "$2"; fi || return
   mv -f "$1" "$2" 2>/dev/null && return
   # shellcheck disable=SC3013 # GNU's mv puts no link over the very file that it leads to
   if [ -h "$2" ] || { [ -h "$1" ] && [ "$1" -ef "$2" ]; } 2>/dev/null; then rm -f "$2"; fi
@@ -1519,19 +1516,19 @@ class Source:
                                '--no-gitignore' % shown(path))
                 self.rules_changed = self.rules_changed or entry.ctime_ns > self.git_asked_ns - TICK_NS
         if before != entry:
-            self.changed.setdefault(path, LOOK)
-            # Only its ctime is another, and no event told why; or it cannot tell, as one in seconds.
-            if kind == 'f' and before is not None and (
-                    before.ctime_ns == entry.ctime_ns if why else before[:6] == entry[:6]):
-                self.changed[path] = CONTENT
-            # Nor does one tell of what was written through a name elsewhere: a new time is no mere touch.
-            elif (kind == 'f' and before is not None and status.st_nlink > 1
-                  and before.mtime_ns != entry.mtime_ns):
-                self.changed[path] = max(LOOK, self.changed[path])
-            elif kind == 'f' and before is not None and is_below(path, self.replaced):
-                self.changed[path] = max(OTHER, self.changed[path])
+            least = 0
+            if kind == 'f' and before is not None:
+                # Only its ctime is another, and no event told why; or it cannot tell, as one in seconds.
+                if before.ctime_ns == entry.ctime_ns if why else before[:6] == entry[:6]:
+                    least = CONTENT
+                # Nor does one tell of what was written through a name elsewhere: a new time is no mere touch.
+                elif status.st_nlink > 1 and before.mtime_ns != entry.mtime_ns:
+                    least = LOOK
+                elif is_below(path, self.replaced):
+                    least = OTHER
             elif kind == 'd' and before is not None and is_another(before, entry):
                 self.replaced.add(path)
+            self.changed[path] = max(least, self.changed.get(path, LOOK))
             if before is not None and before.kind == 'd' and kind != 'd':
                 self.lose(path)
             elif before is not None and before.inode != entry.inode:
