@@ -1164,18 +1164,6 @@ def statx() -> Tuple[Callable, Callable]:
         return lambda *words: -1, bytes
 
 
-def made_ns(path: str) -> int:
-    """When what stands at a path was made, in nanoseconds; 0 if system or file system do not say. What is
-    gone is no older than anything."""
-    call, room = statx()
-    status = room(256)
-    here, no_follow, made = -100, 0x100, 0x800          # AT_FDCWD, AT_SYMLINK_NOFOLLOW, STATX_BTIME
-    if call(here, os.fsencode(path), no_follow, made, status):
-        return 0 if os.path.lexists(path) else GONE_NS
-    known, seconds, nanoseconds = struct.unpack_from('=I76xqI', status)
-    return seconds * 10**9 + nanoseconds if known & made else 0
-
-
 def is_directory(item: os.DirEntry[str]) -> bool:
     """Not a link to one; what cannot be looked at is none."""
     try:
@@ -1291,7 +1279,15 @@ class Source:
         return self.root + '/' + path if path else self.root
 
     def made_ns(self, path: str) -> int:
-        return made_ns(self.full(path))
+        """When what stands at a path was made, in nanoseconds; 0 if system or file system do not say. What is
+        gone is no older than anything."""
+        call, room = statx()
+        status, full = room(256), self.full(path)
+        here, no_follow, made = -100, 0x100, 0x800      # AT_FDCWD, AT_SYMLINK_NOFOLLOW, STATX_BTIME
+        if call(here, os.fsencode(full), no_follow, made, status):
+            return 0 if os.path.lexists(full) else GONE_NS
+        known, seconds, nanoseconds = struct.unpack_from('=I76xqI', status)
+        return seconds * 10**9 + nanoseconds if known & made else 0
 
     def hint(self, path: str, why: int, delay: float = 0, most: float = 0) -> None:
         """Has a path looked at: at once, or in `delay` seconds. Each call starts the delay anew, but not past

@@ -7762,7 +7762,7 @@ def test_where_nothing_says_when_a_file_was_made_one_that_takes_the_number_of_an
     """musl before 1.2.5 has no statx; ext4 gives the number of what is gone to what is made next."""
     fault_root()
     source, far = fault_open + '/here/src', fault_open + '/far'
-    fault_other_number(monkeypatch, tmp_path, "here, no_follow, made = -100", "return 0\n    here, no_follow, made = -100")
+    fault_other_number(monkeypatch, tmp_path, "here, no_follow, made = -100", "return 0\n        here, no_follow, made = -100")
     with open(fault_open + '/image', 'wb') as image:
         image.truncate(16 << 20)
     subprocess.run([need('mkfs.ext4'), '-q', '-F', fault_open + '/image'], stderr=subprocess.DEVNULL, check=True)
