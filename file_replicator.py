@@ -1101,7 +1101,7 @@ class LeftOut:
             return True
         moved = {path: new + path[len(old):] for path in inside}
         kept, self.ignored = self.ignored, self.ignored.copy()          # as it would be is not as it is
-        self.ask([path for path in {*moved, *moved.values()} - kept], gone=True)
+        self.ask(list({*moved, *moved.values()} - kept), gone=True)
         outcome = all(self.within(moved[path], True) or not self.within(path, True) for path in inside)
         self.ignored = kept
         return outcome
@@ -1790,6 +1790,13 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
                 disturbed.add(path)
                 take('meta', path, there._replace(mode=there.mode | 0o700, mtime_ns=None), 'm')
 
+    def set_meta(path: str, there: Entry, here: Entry) -> None:
+        what = 'm' * (there.mode != here.mode) + 't' * (there.mtime_ns != here.mtime_ns)
+        if what:
+            take('meta', path, here, what)
+        else:
+            remote.put(path, here)      # the same, and known by the inode it has here
+
     paths = dict(hints)
     gone: Set[str] = set()
     replaced: Set[str] = set()          # another thing stands there now than did, and so it may be in it
@@ -1908,7 +1915,7 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
                                          and (paths[path] == OTHER or is_below(path, replaced)))):
             take({'f': 'file', 'l': 'link'}[here.kind], path, here)
         else:
-            set_meta(take, remote, path, there, here)
+            set_meta(path, there, here)
     for path in list(disturbed):        # what is above may have to be opened for it, and is one of them then
         there, here = remote.get(path), local.get(path)
         if there is not None and here is not None and there[:4] != here[:4]:
@@ -1916,7 +1923,7 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
     for path in sorted(disturbed, reverse=True):
         there, here = remote.get(path), local.get(path)
         if there is not None and here is not None and there.kind == here.kind == 'd':
-            set_meta(take, remote, path, there, here)
+            set_meta(path, there, here)
     return steps
 
 
@@ -1929,14 +1936,6 @@ def closed(there: Entry, here: Entry) -> Entry:
     """What stands over there, closed to those it keeps out here; the rest of its mode comes at the end."""
     mode = there.mode & here.mode | (0o700 if there.kind == 'd' else 0)
     return there._replace(mode=mode, mtime_ns=None)
-
-
-def set_meta(take: Callable, remote: Tree, path: str, there: Entry, here: Entry) -> None:
-    what = 'm' * (there.mode != here.mode) + 't' * (there.mtime_ns != here.mtime_ns)
-    if what:
-        take('meta', path, here, what)
-    else:
-        remote.put(path, here)          # the same, and known by the inode it has here
 
 
 def differences(local: Tree, remote: Tree) -> Iterator[str]:
@@ -2113,6 +2112,13 @@ class FileSlice:
             except OSError as error:
                 self.job.fault = error
         return os.write(pipe, data or bytes(min(self.length, BLOCK)))
+
+
+def program(options: Options, nonce: str, before: str, find_words: Sequence[str]) -> str:
+    """What to send: the receiver as it stands, and one call of it."""
+    may = 'g' * (options.mirror or options.clean_out) + 'c' * options.checksum + 'd' * options.dry_run
+    words = nonce, options.destination, may + '-', options.remote_hook, before, *find_words
+    return '%s\nmain "$0" %s\n' % (RECEIVER, ' '.join(map(shlex.quote, words)))
 
 
 WHAT_IT_MAY_MEAN = {
@@ -3221,22 +3227,22 @@ class Replica:
             for step, data in batch:
                 self.send_one(step, data)
             return
-        numbers: Dict[str, bytes] = {}          # directory that stands there: its name in the staging
-        inside: Dict[str, bytes] = {}           # new directory: its name in the staging
+        bases: List[str] = []           # directories that stand there: what is in b/N belongs in the Nth
+        staged: Dict[str, bytes] = {}           # directory: its name in the staging
         top = Entry('d', 0o700)
         members: List[Member] = [(b'b', top, b'')]
         # Each directory with all that is in it at a stretch: else GNU's tar sets its time before its last
         # file is there.
         for step, data in sorted(batch, key=lambda pair: pair[0].path.replace('/', '\0')):
             above, _, name = step.path.rpartition('/')
-            base = inside.get(above) or numbers.get(above)
-            if base is None:
+            if above not in staged:
                 self.settled.pop(above, None)
-                base = numbers[above] = b'b/%d' % (len(numbers) + 1)
-                members.append((base, top, b''))
-            name_there = base + b'/' + os.fsencode(name)
+                bases.append(above)
+                staged[above] = b'b/%d' % len(bases)
+                members.append((staged[above], top, b''))
+            name_there = staged[above] + b'/' + os.fsencode(name)
             if step.verb == 'dir':
-                inside[step.path] = name_there
+                staged[step.path] = name_there
                 here = self.source.tree.get(step.path)
                 if here is not None and here.mode == step.entry.mode and self.can.bulk != 'tar':
                     self.settled[step.path] = here
@@ -3245,7 +3251,7 @@ class Replica:
             kind, payload = 'script', script(members, self.can.times == 'fine', self.can.acl == 'acl')
         else:
             kind, payload = 'tar', archive(members)
-        self.post('bulk', (kind,), [step for step, _ in batch], [wire(path) for path in numbers], payload)
+        self.post('bulk', (kind,), [step for step, _ in batch], [wire(path) for path in bases], payload)
         if self.can.bulk == 'tar':      # busybox's: no times but of files, and setuid and setgid only if root
             self.send_metas([step._replace(verb='meta', detail='t' if step.verb == 'link' else 'm',
                                            before=step.entry)
@@ -3716,13 +3722,6 @@ class Retry:
 
 
 # ==== 11. Command line ======================================================================================
-
-def program(options: Options, nonce: str, before: str, find_words: Sequence[str]) -> str:
-    """What to send: the receiver as it stands, and one call of it."""
-    may = 'g' * (options.mirror or options.clean_out) + 'c' * options.checksum + 'd' * options.dry_run
-    words = nonce, options.destination, may + '-', options.remote_hook, before, *find_words
-    return '%s\nmain "$0" %s\n' % (RECEIVER, ' '.join(map(shlex.quote, words)))
-
 
 DESCRIPTION = '''\
 Makes DEST_PARENT_DIR/basename(SRC_DIR) on the far side of CONNECTION_COMMAND the same as SRC_DIR, and keeps
