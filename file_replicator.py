@@ -884,18 +884,17 @@ class Git:
     def run(self, *words: str, given: bytes = b'') -> bytes:
         for _ in range(GIT_TRIES):      # a repository may be in the making
             done = self.start(subprocess.run, *words, input=given, stderr=subprocess.PIPE)
-            said = done.stderr
             if done.returncode in (0, 1):       # 1 is how check-ignore says none; below 0 it was killed
                 return done.stdout
             if not os.path.isdir(self.top):
                 self.went = True
                 return b''
-            if b'not a git repository' in said and 'GIT_DIR' not in self.environment:
+            if b'not a git repository' in done.stderr and 'GIT_DIR' not in self.environment:
                 self.use_empty_repository()
             else:
                 time.sleep(0.1)
         raise Stop('git cannot say what to leave out of %s: %s; mend that, or use --no-gitignore'
-                   % (shown(self.top), shown(os.fsdecode(said).strip().replace('\n', ' '))))
+                   % (shown(self.top), shown(os.fsdecode(done.stderr).strip().replace('\n', ' '))))
 
     def start(self, how: Callable, *words: str, **more: Any) -> Any:
         try:
@@ -1260,7 +1259,7 @@ class Source:
         self.tree = Tree()
         self.identity: Optional[Tuple[int, int]] = None     # the root's, to know it when it comes back
         self.gone = False                       # the root
-        self.hints: Dict[str, int] = {}         # to be looked at now: META, LOOK or CONTENT
+        self.hints: Dict[str, int] = {}         # to be looked at now: META to CONTENT
         self.later: Dict[str, Tuple[float, float, int]] = {}    # path: (when, since when, hint)
         self.changed: Dict[str, int] = {}       # to be compared: what is other than before, or was hinted at
         self.now_ns = 0                         # just before what is being looked at
@@ -2445,11 +2444,9 @@ class Connection:
         status = self.process.returncode
         self.hear(self.process.stdout.read(PIPE_BYTES) or b'')
         self.hear_complaints()
-        hint = ''
         if self.phase != 'live':
             self.hear_last_words(self.heard)
-        if self.phase == 'starting':
-            hint = WHAT_IT_MAY_MEAN.get(status, '')
+        hint = WHAT_IT_MAY_MEAN.get(status) if self.phase == 'starting' else None
         said = self.what_was_said()
         if status is None:
             return 'the connection command closed its output' + said
@@ -2566,7 +2563,6 @@ class Report:
         self.told: Set[Tuple[str, str]] = set()             # the problems when last it was not in step
         self.lines: List[str] = []
         self.terminal = sys.stderr.isatty()
-        self.colour = self.terminal and 'NO_COLOR' not in os.environ
         self.drawn = 0.0                # when the progress line was; 0: there is none
         self.count_nothing()
         if options.log_file:
@@ -2614,7 +2610,8 @@ class Report:
         self.flush()
         self.write_log([text])
         self.erase()
-        start, end = ('\033[33m', '\033[0m') if self.colour else ('', '')
+        colour = self.terminal and 'NO_COLOR' not in os.environ
+        start, end = ('\033[33m', '\033[0m') if colour else ('', '')
         to_stderr('%sfile_replicator: %s%s\n' % (start, text, end))
 
     def problem(self, path: str, why: str, stage: str) -> None:
