@@ -3067,9 +3067,8 @@ class Replica:
                 if here is None or self.remote.get(path) is here:   # not wanted any more, or as it shall be
                     del self.tries[path]
                     self.report.solved(path, 'send')
-        too_early = [step for step in steps if step.verb == 'meta' and step.path in unfinished
-                     and not is_passing(step)]
-        for step in too_early:
+        for step in [step for step in steps if step.verb == 'meta' and step.path in unfinished
+                     and not is_passing(step)]:
             take_back(self.remote, step)
             self.waiting[step.path] = META
             steps.remove(step)
