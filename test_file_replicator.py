@@ -7416,7 +7416,7 @@ def test_what_somebody_prints_in_the_midst_of_the_listing_is_no_part_of_it(tmp_p
     source, there = option_source(tmp_path, 'f')
     write(str(there / 'gone'))
     os.symlink('nowhere', str(there / 'link'))
-    far = "sed -u 's/-printf/-no&/' | bash" if tools.startswith('find') else 'bash'
+    far = "sed -u 's/-printf/-no_one/' | bash" if tools.startswith('find') else 'bash'
     far += r" | sed -u '/ \.\/\(gone\|link\)\//a Broadcast message from somebody:'"
     done = once('--mirror', '--no-replicate-on-change', source, there.parent, 'sh', '-c', far)
     assert option_paths(there) == ['f'], done.stdout
