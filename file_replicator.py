@@ -3039,8 +3039,8 @@ class Replica:
         path = ''
         while self.waiting and len(some) < BULK_PATHS and size < most:
             # Where it can, it ends with a directory, whose time else would have to be set once more.
-            following = parent(next(iter(self.waiting)))
-            if max(len(some) / BULK_PATHS, size / most) > 0.85 and following not in (path, parent(path)):
+            directory = parent(next(iter(self.waiting)))
+            if max(len(some) / BULK_PATHS, size / most) > 0.85 and directory not in (path, parent(path)):
                 break
             path, why = self.waiting.popitem(last=False)
             some[path] = why
