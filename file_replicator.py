@@ -1138,6 +1138,7 @@ TICK_NS = 50 * 10**6            # by which the time of a file may lag behind the
 # of git's own directory, and of those above the root; the last two come with a new repository
 RULES = '.gitignore', 'exclude', 'index', 'config', 'HEAD', 'info'
 GONE = errno.ENOENT, errno.ENOTDIR, errno.ELOOP         # the last two: what was above is now no directory
+UNMOUNTED = -1, -1              # the identity of a root that no directory has
 LOOKS = 10                      # in a row, while there are new events, before what was seen is sent
 
 
@@ -1257,7 +1258,8 @@ class Source:
     def __init__(self, root: str, left_out: LeftOut, watch: Watch, report: 'Report'):
         self.root, self.left_out, self.watch, self.report = root, left_out, watch, report
         self.tree = Tree()
-        self.identity: Optional[Tuple[int, int]] = None     # the root's, to know it when it comes back
+        # the root's, to know it when it comes back; UNMOUNTED once another may have its numbers
+        self.identity: Optional[Tuple[int, int]] = None
         self.gone = False                       # the root
         self.hints: Dict[str, int] = {}         # to be looked at now: META to CONTENT
         self.later: Dict[str, Tuple[float, float, int]] = {}    # path: (when, since when, hint)
@@ -1318,13 +1320,18 @@ class Source:
             if directory is None:
                 self.report.warn('inotify lost events: looking at everything again')
                 self.hint_everything()
+                watched = self.watch.descriptors.get('')
+                self.watch.follow('', self.root)        # that it was unmounted may be among what was lost
+                if watched not in (None, self.watch.descriptors.get('')):
+                    self.identity = UNMOUNTED
                 continue
             if directory.startswith('\0'):          # git's own directory, or one above the root
                 self.rules_changed = self.rules_changed or name in RULES
                 continue
             if not directory and mask & (flags.MOVE_SELF | flags.UNMOUNT):
                 self.hint_everything()  # what was seen and said while it was elsewhere counts for nothing
-                self.gone = self.gone or bool(mask & flags.UNMOUNT)
+                if mask & flags.UNMOUNT:
+                    self.identity = UNMOUNTED
             if name in ('.gitignore', '.git') and self.left_out.ask_git:
                 self.rules_changed = True
             path = (directory + '/' + name if directory else name) if name else directory
@@ -1649,12 +1656,14 @@ class Source:
     def root_is_there(self) -> bool:
         """Whether the source can be trusted to be what it was. One that is gone, or empty where another file
         system was, is not a source that was emptied: nothing is removed over there, and it is looked for
-        every second. Once it was gone, its numbers may be those of another file system."""
+        every second."""
         identity, there = self.root_identity(), False
         with contextlib.suppress(OSError):
-            there = identity is not None and (not self.gone and self.identity in (None, identity)
+            there = identity is not None and (self.identity in (None, identity)
                                               or bool(os.listdir(self.root)))
         if not there:
+            if identity is not None:
+                self.identity = UNMOUNTED
             self.report.problem('', 'is gone, or empty and not what it was: nothing is removed over there, '
                                 'and it is replicated again once it is back', 'root')
             self.gone = True

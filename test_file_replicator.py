@@ -4737,24 +4737,59 @@ def test_an_unmounted_source_removes_nothing_and_is_taken_up_when_it_is_mounted_
             until_equal(source, far + '/src', running=running)
 
 
-@pytest.mark.parametrize('how', ['at once', 'later'])
-def test_an_unmounted_source_that_comes_back_empty_was_not_emptied_though_its_numbers_are_the_same(how, fault_open):
+def fault_comes_back_empty(source, far, running, later=False):
+    """Has the source, a tmpfs with `file` in it, unmounted and another mounted there, which has the same numbers."""
+    numbers = os.stat(source).st_dev, os.stat(source).st_ino
+    subprocess.run(['umount', source], check=True)
+    if later:
+        running.says('is gone, or empty')
+    subprocess.run(['mount', '-t', 'tmpfs', '-o', 'strictatime', 'none', source], check=True)
+    assert (os.stat(source).st_dev, os.stat(source).st_ino) == numbers
+    running.process.send_signal(signal.SIGCONT)
+    for _ in range(2):
+        looked = os.stat(source).st_atime_ns
+        until(lambda: os.stat(source).st_atime_ns != looked, 20, running.log)
+    running.says('is gone, or empty')
+    assert open(far + '/src/file').read() == 'data'
+    write(source + '/other', 'data')
+    until_equal(source, far + '/src', running=running)
+
+
+@pytest.mark.parametrize('later', [False, True])
+def test_an_unmounted_source_that_comes_back_empty_was_not_emptied_though_its_numbers_are_the_same(later, fault_open):
     source, far = fault_open + '/src', fault_open + '/far'
     os.mkdir(far)
     with fault_tmpfs(source, 'size=4m'):        # at its end what is mounted by then goes
         write(source + '/file', 'data')
         with Running(fault_open, source, far, 'bash') as running:
-            subprocess.run(['umount', source], check=True)
-            if how == 'later':
-                running.says('is gone, or empty')
-            subprocess.run(['mount', '-t', 'tmpfs', '-o', 'strictatime', 'none', source], check=True)
-            for _ in range(2):
-                looked = os.stat(source).st_atime_ns
-                until(lambda: os.stat(source).st_atime_ns != looked, 20, running.log)
-            running.says('is gone, or empty')
-            assert open(far + '/src/file').read() == 'data'
-            write(source + '/other', 'data')
-            until_equal(source, far + '/src', running=running)
+            fault_comes_back_empty(source, far, running, later)
+
+
+def test_an_unmounted_source_comes_back_empty_behind_a_queue_of_events_that_ran_over(fault_open):
+    source, far = fault_open + '/src', fault_open + '/far'
+    os.mkdir(far)
+    with fault_tmpfs(source, 'size=4m'):
+        write(source + '/file', 'data')
+        for number in range(200):
+            os.makedirs('%s/d%d/in' % (source, number))
+        with kernel_setting(QUEUE, 16):
+            running = Running(fault_open, source, far, 'bash')
+        with running:
+            running.process.send_signal(signal.SIGSTOP)
+            fault_comes_back_empty(source, far, running)
+            assert 'lost events' in running.err()
+
+
+@pytest.mark.parametrize('options', [(), ('--poll', '0.2')])
+def test_an_empty_source_that_was_away_for_a_while_is_what_it_was(options, tmp_path):
+    source, there = option_source(tmp_path, 'f')
+    with option_watching(tmp_path, *options) as running:
+        os.rename(str(source), str(tmp_path / 'away'))
+        running.says('is gone, or empty')
+        os.unlink(str(tmp_path / 'away' / 'f'))
+        os.chmod(str(tmp_path / 'away'), 0o750)
+        os.rename(str(tmp_path / 'away'), str(source))
+        until_equal(str(source), str(there), running=running)
 
 
 @fault_in_each_shell
