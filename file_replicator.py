@@ -1775,11 +1775,7 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
     passed: Set[Tuple[str, int]] = set()        # directories that give their owner these bits by now
     disturbed: Set[str] = set()         # directories whose mode and time have to be compared at the end
 
-    def take(verb: str, path: str, entry: Optional[Entry], detail: str = '') -> None:
-        for above in map(parent, (path, detail) if verb == 'move' else (path,)):
-            if verb != 'meta':
-                disturbed.add(above)
-            open_up(above, 0o100 if verb == 'meta' else 0o700)
+    def add(verb: str, path: str, entry: Optional[Entry], detail: str) -> None:
         step = Step(verb, path, entry, detail, remote.get(path))
         steps.append(step)
         apply(remote, step)
@@ -1796,7 +1792,15 @@ def plan(remote: Tree, local: Tree, hints: Dict[str, int], delete: bool = True,
             there = remote.get(path)
             if there is not None and there.kind == 'd' and there.mode & bits != bits:
                 disturbed.add(path)
-                take('meta', path, there._replace(mode=there.mode | 0o700, mtime_ns=None), 'm')
+                add('meta', path, there._replace(mode=there.mode | 0o700, mtime_ns=None), 'm')
+
+    # No two functions here call each other: in such a circle the trees would stay in memory.
+    def take(verb: str, path: str, entry: Optional[Entry], detail: str = '') -> None:
+        for above in map(parent, (path, detail) if verb == 'move' else (path,)):
+            if verb != 'meta':
+                disturbed.add(above)
+            open_up(above, 0o100 if verb == 'meta' else 0o700)
+        add(verb, path, entry, detail)
 
     def set_meta(path: str, there: Entry, here: Entry) -> None:
         what = 'm' * (there.mode != here.mode) + 't' * (there.mtime_ns != here.mtime_ns)

@@ -18,6 +18,7 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
+import gc
 import glob
 import inspect
 import itertools
@@ -38,6 +39,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -686,6 +688,26 @@ def test_ten_thousand_renames_are_planned_in_seconds(directories, files):
     steps = fr.plan(remote, local, hints)
     assert time.process_time() - since < 5
     assert sum(step.verb == 'move' for step in steps) == directories
+
+
+def test_what_was_planned_from_stays_in_memory_no_longer_than_it_is_used():
+    """Each connection that is lost leaves a tree of the replica, and nothing looks for circles in time."""
+    def tree(*entries):
+        made = fr.Tree()
+        for path, entry in (('', fr.Entry('d', 0o755, 0, 1)), *entries):
+            made.put(path, entry)
+        return made
+
+    remote = tree(('closed', fr.Entry('d', 0o500, 0, 1)), ('closed/old', fr.Entry('f', 0o644, 1, 1)))
+    local = tree(('closed', fr.Entry('d', 0o500, 0, 1)), ('closed/new', fr.Entry('f', 0o644, 1, 1)))
+    watched = weakref.ref(remote)
+    gc.disable()
+    try:
+        assert len(fr.plan(remote, local, all_paths(remote, local))) == 4
+        del remote
+        assert watched() is None
+    finally:
+        gc.enable()
 
 
 def test_removals_go_from_the_deepest_up():
