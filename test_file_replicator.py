@@ -4760,7 +4760,8 @@ def test_an_unmounted_source_removes_nothing_and_is_taken_up_when_it_is_mounted_
 
 
 def fault_comes_back_empty(source, far, running, later=False):
-    """Has the source, a tmpfs with `file` in it, unmounted and another mounted there, which has the same numbers."""
+    """Has the source, a tmpfs with `file` in it, unmounted, in which no git must work, and another mounted there, which
+    has the same numbers."""
     numbers = os.stat(source).st_dev, os.stat(source).st_ino
     subprocess.run(['umount', source], check=True)
     if later:
@@ -4783,7 +4784,7 @@ def test_an_unmounted_source_that_comes_back_empty_was_not_emptied_though_its_nu
     os.mkdir(far)
     with fault_tmpfs(source, 'size=4m'):        # at its end what is mounted by then goes
         write(source + '/file', 'data')
-        with Running(fault_open, source, far, 'bash') as running:
+        with Running(fault_open, '--no-gitignore', source, far, 'bash') as running:
             fault_comes_back_empty(source, far, running, later)
 
 
@@ -4795,7 +4796,7 @@ def test_an_unmounted_source_comes_back_empty_behind_a_queue_of_events_that_ran_
         for number in range(200):
             os.makedirs('%s/d%d/in' % (source, number))
         with kernel_setting(QUEUE, 16):
-            running = Running(fault_open, source, far, 'bash')
+            running = Running(fault_open, '--no-gitignore', source, far, 'bash')
         with running:
             running.process.send_signal(signal.SIGSTOP)
             fault_comes_back_empty(source, far, running)
