@@ -2160,7 +2160,7 @@ class Connection:
         self.flight: Deque[Sent] = collections.deque()
         self.number = self.bytes_in_flight = 0
         # What may be on the way, and how much of the backlog goes in one record: see adapt.
-        self.window, self.record_bytes = WINDOW_BYTES // 4, BULK_BYTES
+        self.window, self.record_bytes = WINDOW_BYTES // 8, BULK_BYTES
         self.answered = 0.0             # when the last answer came
         self.round_trip = 0.0           # seconds, the least that a heartbeat took; 0: not known
         self.is_full = False            # the pipe took no more: that it does again shows that somebody reads
