@@ -1533,9 +1533,7 @@ class Source:
             self.changed[path] = max(least, self.changed.get(path, LOOK))
             if before is not None and before.kind == 'd' and kind != 'd':
                 self.lose(path)
-            elif before is not None and before.inode != entry.inode:
-                self.forget_name(path)
-            self.tree.put(path, entry)
+            self.put(path, entry)
         if kind != 'd':
             names = self.names.get(entry.inode, ())
             if path not in names:
@@ -1573,12 +1571,21 @@ class Source:
                 self.report.solved(below, stage)
                 self.unlisted.discard(below)
 
+    def put(self, path: str, entry: Entry) -> None:
+        """Takes note of what was found at a path."""
+        if (self.tree.get(path) or UNKNOWN).inode != entry.inode:
+            self.forget_name(path)
+        self.tree.put(path, entry)
+
     def forget_name(self, path: str) -> None:
-        """Takes note that what was last seen at a path does not stand there any more."""
+        """Takes note that what was last seen at a path does not stand there any more. Under its other names it
+        is looked at: events still to come may be of what was done through this one."""
         inode = (self.tree.get(path) or UNKNOWN).inode
         others = tuple(name for name in self.names.pop(inode, ()) if name != path)
         if others:
             self.names[inode] = others
+        for other in others:
+            self.hint(other, LOOK)
 
     def scan(self, top: str) -> None:
         """Lists a directory and all below it, watching each before it is listed, and takes note of what is
@@ -3292,7 +3299,7 @@ class Replica:
                 self.send_again(path)
             if attempt:
                 entry = seen._replace(size=len(data))
-                self.source.tree.put(path, entry)
+                self.source.put(path, entry)
                 self.remote.put(path, entry)
                 step = step._replace(entry=entry)
             return step, data
@@ -3396,7 +3403,7 @@ class Replica:
                 self.source.hint(path, META, QUIET_SECONDS)
             job.is_staged = True
             if here is not None and here.kind == 'f':
-                self.source.tree.put(path, entry)
+                self.source.put(path, entry)
                 self.send({path: CONTENT})
                 return
         elif not self.send_again(path):

@@ -1531,6 +1531,26 @@ def test_another_name_of_a_file_and_a_change_through_it_are_seen_in_one_look(tmp
     source.watch.give_up('the end')
 
 
+@pytest.mark.parametrize('met_by', ['a look', 'reading'])
+def test_what_was_done_through_a_name_just_before_another_file_took_it_is_seen(met_by, tmp_path):
+    """The event of it comes when that name is known to be of another file."""
+    top = str(tmp_path / 'source')
+    write(top + '/f', 'both')
+    os.link(top + '/f', top + '/h')
+    source = looked_at(top)
+    replica = fr.Replica(source.report.options, source, source.report)
+    step = fr.Step('file', 'h', source.tree.get('h'))
+    write(top + '/h', 'changed')
+    write(top + '/new', 'another')
+    os.rename(top + '/new', top + '/h')
+    if met_by == 'a look':
+        source.see('h', fr.LOOK)
+    else:
+        assert replica.read(step)[1] == b'another'
+    assert 'f' in look_again(source) and source.tree.get('f').size == len('changed')
+    source.watch.give_up('the end')
+
+
 @pytest.mark.parametrize('moved', ['f', 'd'])
 def test_bytes_that_changed_just_before_a_rename_are_sent(moved, tmp_path):
     """Size and time may be the same, so the rename alone would leave the older bytes there."""
