@@ -2827,11 +2827,12 @@ class Replica:
         while far.phase != 'live':
             far.turn(None, source.watch.fd)
             source.listen()
+            if source.has_hints():
+                self.look_meanwhile()
         retry.connected()
         self.session = far.nonce
         while True:
-            for path, why in source.look().items():
-                self.waiting[path] = self.since[path] = max(why, self.waiting.get(path, 0))
+            self.look_meanwhile()
             if not source.gone:         # else what was seen of it may have been half of it
                 break
             if not options.watch:
@@ -2871,6 +2872,11 @@ class Replica:
             self.probe()                # now, rather than before the first edit
         retry.say_connected()
         self.begun = True
+
+    def look_meanwhile(self) -> None:
+        """Looks again, for when it can be compared with what stands over there."""
+        for path, why in self.source.look().items():
+            self.waiting[path] = self.since[path] = max(why, self.waiting.get(path, 0))
 
     def listed(self) -> Iterator[Tuple[str, Entry]]:
         """What the far side listed; takes note of what is mounted in it."""

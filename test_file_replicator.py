@@ -1551,6 +1551,28 @@ def test_what_was_done_through_a_name_just_before_another_file_took_it_is_seen(m
     source.watch.give_up('the end')
 
 
+def test_what_comes_while_a_connection_is_made_is_looked_at_and_watched(tmp_path):
+    """Else nothing told of what is done through a name in a new directory that is gone when the far side answers."""
+    source, far, hold = str(tmp_path / 'src'), str(tmp_path / 'far'), str(tmp_path / 'hold')
+    write(source + '/f', 'first')
+    waits = 'while [ -e %s ]; do sleep 0.01; done; exec bash' % hold
+    with Running(tmp_path, '--debugging', source, far, 'sh', '-c', waits) as running:
+        write(hold)
+        running.cut()
+        until(lambda: running.err().count('connection lost') and running.connections())
+        os.mkdir(source + '/d')
+        running.says('event d ')
+        write(source + '/later')
+        running.says('event later')     # by then it was looked at
+        os.link(source + '/f', source + '/d/h')
+        running.says('event d/h')
+        with open(source + '/d/h', 'ab') as file:
+            file.write(b' and more')
+        shutil.rmtree(source + '/d')
+        os.remove(hold)
+        until_equal(source, far + '/src', 20, running=running)
+
+
 @pytest.mark.parametrize('moved', ['f', 'd'])
 def test_bytes_that_changed_just_before_a_rename_are_sent(moved, tmp_path):
     """Size and time may be the same, so the rename alone would leave the older bytes there."""
