@@ -3327,9 +3327,9 @@ class Replica:
 
     def unreadable(self, path: str, error: OSError) -> None:
         """RACE: what vanished or became something else after we looked has its own event; it is looked at
-        once more."""
+        once more, and its bytes were not sent, wherever it is by then."""
         if error.errno in (*GONE, errno.EISDIR, errno.ESPIPE, errno.ENXIO):
-            self.source.hint(path, LOOK, 0 if error.errno != errno.ENXIO else 1)
+            self.source.hint(path, CONTENT, 0 if error.errno != errno.ENXIO else 1)
         else:
             self.failed(path, 'cannot be read: %s' % error.strerror)
 

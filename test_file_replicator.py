@@ -1551,6 +1551,19 @@ def test_what_was_done_through_a_name_just_before_another_file_took_it_is_seen(m
     source.watch.give_up('the end')
 
 
+def test_bytes_that_changed_before_a_rename_that_came_before_they_were_read_are_sent(tmp_path):
+    top = str(tmp_path / 'source')
+    write(top + '/f', 'one', mtime_ns=10**18)
+    source = looked_at(top)
+    replica = fr.Replica(source.report.options, source, source.report)
+    write(top + '/f', 'two', mtime_ns=10**18)
+    assert look_again(source)['f'] == fr.CONTENT
+    os.rename(top + '/f', top + '/e')
+    assert replica.read(fr.Step('file', 'f', source.tree.get('f'))) is None
+    assert look_again(source)['e'] == fr.CONTENT
+    source.watch.give_up('the end')
+
+
 def test_what_comes_while_a_connection_is_made_is_looked_at_and_watched(tmp_path):
     """Else nothing told of what is done through a name in a new directory that is gone when the far side answers."""
     source, far, hold = str(tmp_path / 'src'), str(tmp_path / 'far'), str(tmp_path / 'hold')
