@@ -3082,6 +3082,7 @@ class Replica:
         for path, job in list(self.jobs.items()):
             if self.source.tree.get(path) is None:
                 self.cancel(path)
+                hints[path] = CONTENT           # if it was renamed, its bytes are still to be sent
             elif path in hints and not job.is_staged:
                 # it is looked at again when the job is done
                 self.source.hint(path, hints.pop(path), QUIET_SECONDS)

@@ -3179,6 +3179,22 @@ def test_what_cannot_be_renamed_there_is_sent_and_what_failed_is_sent_to_where_i
         until_equal(source, far + '/src', running=running)
 
 
+@pytest.mark.parametrize('old, new', [('d/big', 'd/large'), ('d', 'e')])
+def test_a_large_file_that_is_renamed_on_its_way_arrives_though_size_and_time_are_as_before(tmp_path, old, new):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/d/big', FAULT_BIG[:3 << 20], mtime_ns=10**18)
+    os.mkdir(far)
+    connect, _ = fault_relay(tmp_path, 'bash', slow=0.003)
+    with Running(tmp_path, source, far, *connect) as running:
+        running.process.send_signal(signal.SIGSTOP)
+        write(source + '/d/big', FAULT_BIG[:3 << 20][::-1], mtime_ns=10**18)
+        running.process.send_signal(signal.SIGCONT)
+        until(lambda: [part for part in glob.glob(far + '/src/.file_replicator.*/part*')
+                       if os.path.getsize(part) > 1 << 20], 20, running.log)
+        os.rename(source + '/' + old, source + '/' + new)
+        until_equal(source, far + '/src', running=running)
+
+
 def test_a_large_file_that_becomes_a_directory_while_it_is_on_its_way_is_not_in_its_way(tmp_path):
     """What stands over there is not known then, so it must not be taken for nothing."""
     source, far, made = (str(tmp_path / name) for name in ('src', 'far', 'made'))
