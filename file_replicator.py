@@ -191,7 +191,7 @@ put() {
   # shellcheck disable=SC3013 # GNU's mv puts no link over the very file that it leads to
   if [ -h "$2" ] || { [ -h "$1" ] && [ "$1" -ef "$2" ]; } 2>/dev/null; then rm -f "$2"; fi
   said=$(mv -f "$1" "$2" 2>&1) && return
-  case $said in
+  case ${said##*: } in                  # the reason: the path before it may have any name
     *[Bb]usy*)
       if [ "$1" = "$temp" ] && [ ! -h "$1" ] && [ -f "$2" ] && [ ! -h "$2" ]; then
         chmod "$(stat -c %a "$1")" "$2" || refused=3
@@ -236,10 +236,12 @@ do_file() {
   return $refused
 }
 
-# part SEEK NAME: the bytes go to the staged file NAME: to its end (SEEK is -), or SEEK times 64 KiB into it.
+# part SEEK NAME: the bytes go to the staged file NAME: they are its first (SEEK is =), go to its end (-), or
+# SEEK times 64 KiB into it.
 do_part() {
   umask 077
-  if [ "$w1" = - ]; then store "$stage/$w2"; return; fi
+  [ "$w1" = = ] || [ -f "$stage/$w2" ] || { skip; echo "what was staged of it is gone"; return 1; }
+  case $w1 in = | -) store "$stage/$w2"; return ;; esac
   give dd ibs=65536 obs=65536 seek="$w1" conv=notrunc of="$stage/$w2"
 }
 
@@ -859,10 +861,11 @@ class Git:
         """Where rules stand, or the index, outside of the work tree or above its directories."""
         if not self.directory:
             return []
-        common = '.'                    # of a linked work tree: where the repository is
+        directories = [self.directory]
         with contextlib.suppress(OSError), open(os.path.join(self.directory, 'commondir')) as file:
-            common = file.read().strip()
-        return [self.directory, os.path.join(self.directory, common, 'info'), *self.above]
+            # of a linked work tree: where the repository is
+            directories.append(os.path.join(self.directory, file.read().strip()))
+        return [*directories, os.path.join(directories[-1], 'info'), *self.above]
 
     def find_directory(self) -> str:
         """Git's own directory of this work tree; '' if there is none."""
@@ -1136,7 +1139,7 @@ KINDS = {stat.S_IFREG: 'f', stat.S_IFDIR: 'd', stat.S_IFLNK: 'l'}  # all else is
 GONE_NS = 1 << 62               # when what is gone was made: it is no older than anything
 TICK_NS = 50 * 10**6            # by which the time of a file may lag behind the clock, at most
 # of git's own directory, and of those above the root; the last two come with a new repository
-RULES = '.gitignore', 'exclude', 'index', 'config', 'HEAD', 'info'
+RULES = '.gitignore', 'exclude', 'index', 'config', 'config.worktree', 'HEAD', 'info'
 GONE = errno.ENOENT, errno.ENOTDIR, errno.ELOOP         # the last two: what was above is now no directory
 UNMOUNTED = -1, -1              # the identity of a root that no directory has
 LOOKS = 10                      # in a row, while there are new events, before what was seen is sent
@@ -1493,6 +1496,9 @@ class Source:
                 self.vanished.add(path)
                 self.left_out.ignored.discard(path)
                 self.lose(path)
+                return False
+            if error.errno == errno.EINVAL and not os.path.islink(self.full(path)):
+                self.hint(path, LOOK)   # it was a link until just now
                 return False
             self.report.problem(path, 'cannot be looked at: ' + error.strerror, 'look')
             self.unlisted.add(parent(path))
@@ -3385,7 +3391,7 @@ class Replica:
             yield at > 0
         while at < entry.size and not job.failed:
             length = min(entry.size - at, self.far.record_bytes * 2)
-            part('-', at, length)
+            part('-' if at else '=', at, length)
             at += length
             self.report.moved(length)
             yield True
@@ -3483,8 +3489,10 @@ class Replica:
         good as done."""
         only, follows = steps[0], bool(self.answers)
         stood = only.before.kind if len(steps) == 1 and only.before is not None else ''
-        in_the_way = only.verb == 'remove' and stood in ('d', '?') and re.search('not empty|busy', said, re.I)
-        if stood in ('f', 'l') and re.search('not empty', said, re.I):
+        reason = said.rpartition(': ')[2].lower()       # the path before it may have any name
+        in_the_way = (only.verb == 'remove' and stood in ('d', '?')
+                      and ('not empty' in reason or 'busy' in reason))
+        if stood in ('f', 'l') and 'not empty' in reason:
             code = 2                    # a directory stands where none did
         if code == 2 and follows:       # for want of another that failed: it is planned anew
             return code

@@ -1551,6 +1551,22 @@ def test_what_was_done_through_a_name_just_before_another_file_took_it_is_seen(m
     source.watch.give_up('the end')
 
 
+def test_a_link_that_became_a_file_while_it_was_looked_at_is_looked_at_again(monkeypatch, capsys, tmp_path):
+    source = looked_at(str(tmp_path))
+    link, readlink = str(tmp_path / 'link'), os.readlink
+    os.symlink('x', link)
+
+    def replace_and_read(path):
+        monkeypatch.undo()
+        os.unlink(path)
+        write(path, 'a file')
+        return readlink(path)
+    monkeypatch.setattr(os, 'readlink', replace_and_read)
+    source.listen()
+    assert source.look()['link'] and source.tree.get('link').kind == 'f' and not capsys.readouterr().err
+    source.watch.give_up('the end')
+
+
 def test_bytes_that_changed_before_a_rename_that_came_before_they_were_read_are_sent(tmp_path):
     top = str(tmp_path / 'source')
     write(top + '/f', 'one', mtime_ns=10**18)
@@ -3121,7 +3137,7 @@ def test_what_is_half_way_there_is_nobody_elses_to_read(tmp_path, shell):
 
 
 @pytest.mark.parametrize('shell', ['bash', 'dash'])
-@pytest.mark.parametrize('staged', [b'part 2 0 - p\n6 m\nsecretm\n', b'base 2 1 p 1 6 0\n./plain\n0\n'],
+@pytest.mark.parametrize('staged', [b'part 2 0 = p\n6 m\nsecretm\n', b'base 2 1 p 1 6 0\n./plain\n0\n'],
                          ids=['part', 'base'])
 def test_what_was_staged_is_nobody_elses_to_read_even_if_its_mode_cannot_be_set(tmp_path, shell, staged):
     far = str(tmp_path / 'far')
@@ -3132,6 +3148,47 @@ def test_what_was_staged_is_nobody_elses_to_read_even_if_its_mode_cannot_be_set(
     subprocess.run([*connect, '-c', text], input=records, stdout=subprocess.DEVNULL, timeout=20)
     assert stat.S_IMODE(os.stat(far + '/plain').st_mode) == 0o644 and fault_holds(far, 'secret', b'secret')
     assert stat.S_IMODE(os.stat(far + '/secret').st_mode) == 0o600
+
+
+@pytest.mark.parametrize('shell', ['bash', 'dash'])
+def test_a_large_file_whose_staged_part_is_removed_over_there_is_sent_again(tmp_path, shell):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/first')
+    os.mkdir(far)
+    connect, _ = fault_relay(tmp_path, *shell_command(tmp_path, shell), slow=0.003)
+    with Running(tmp_path, source, far, *connect) as running:
+        write(source + '/large', FAULT_BIG * 2)
+        part, = until(lambda: [part for part in glob.glob(far + '/src/.file_replicator.*/part*')
+                               if os.path.getsize(part) > 2 << 20], 20, running.log)
+        os.unlink(part)
+        running.says('large: what was staged of it is gone')
+        until_equal(source, far + '/src', 60, running=running)
+
+
+@pytest.mark.parametrize('shell', ['bash', 'dash'])
+def test_a_name_is_never_taken_for_the_reason_of_a_failure(tmp_path, shell):
+    source, far, failing = (str(tmp_path / name) for name in ('src', 'far', 'failing'))
+    words = shell_command(tmp_path, shell)
+    for tool in ('mv', 'rm', 'rmdir'):
+        fault_command(tmp_path / ('shims-' + shell), tool,
+                      '#!/bin/sh\ncase "$*" in *./busybox* | *"not empty"*) if [ -e {0} ]; then\n'
+                      'echo "{1}: cannot change \'$*\': Read-only file system" >&2; exit 1; fi ;; esac\n'
+                      'exec {2} "$@"\n'.format(failing, tool, need(tool)))
+    for name in ('busybox/f', 'not empty', 'stays'):
+        write(source + '/' + name, 'first')
+    os.mkdir(source + '/busybox2')
+    with Running(tmp_path, source, far, *words) as running:
+        write(failing)
+        os.rmdir(source + '/busybox2')
+        running.says('busybox2: ')
+        os.unlink(source + '/not empty')
+        running.says('not empty: ')
+        write(source + '/busybox/f', 'changed')
+        running.says('busybox/f: ')
+        assert fault_holds(far + '/src', 'busybox/f', b'first')
+        assert 'stays over there' not in running.err() and 'was changed over there' not in running.err()
+        os.unlink(failing)
+        until_equal(source, far + '/src', running=running)
 
 
 @pytest.mark.parametrize('shell', ['bash', 'dash'])
@@ -5795,21 +5852,37 @@ def test_a_repository_in_the_source_may_go_at_any_moment(tmp_path):
             until(lambda: not option_has(there, 'sub'), 5, running.log)
 
 
-def test_the_exclude_file_of_a_linked_work_tree_is_taken_up_while_watching(tmp_path):
-    git_init(tmp_path / 'main')
+def test_the_rules_of_a_linked_work_tree_are_taken_up_while_watching(tmp_path):
+    git(tmp_path, 'init', '-q', '--template=', 'main')
     write(str(tmp_path / 'main/a'), 'a')
     git(tmp_path / 'main', 'add', 'a')
     git(tmp_path / 'main', '-c', 'user.name=n', '-c', 'user.email=e', 'commit', '-q', '-m', 'm')
     source, there = option_source(tmp_path)
     shutil.rmtree(str(source))
     git(tmp_path / 'main', 'worktree', 'add', '-q', str(source), '--detach')
-    exclude = str(tmp_path / 'main/.git/info/exclude')
-    write(exclude, '*.log\n')
+    exclude, other = str(tmp_path / 'main/.git/info/exclude'), str(tmp_path / 'rules')
+    git(source, 'config', 'extensions.worktreeConfig', 'true')
+    write(other, '*.log\n')
+    git(source, 'config', 'core.excludesFile', other)
     write(str(source / 'b.log'))
     with option_watching(tmp_path) as running:
         assert option_paths(there) == ['a'], running.log()
-        write(exclude, '')
+        write(exclude, '*.tmp\n')       # its directory is new, too
+        git(source, 'config', '--unset', 'core.excludesFile')
         until(lambda: option_has(there, 'b.log'), 5, running.log)
+        write(str(source / 'c.tmp'))
+        write(str(source / 'd'))
+        until(lambda: option_has(there, 'd'), 5, running.log)
+        assert not option_has(there, 'c.tmp')
+        write(exclude, '')
+        until(lambda: option_has(there, 'c.tmp'), 5, running.log)
+        git(source, 'config', '--worktree', 'core.excludesFile', other)
+        write(str(source / 'e.log'))
+        write(str(source / 'f'))
+        until(lambda: option_has(there, 'f'), 5, running.log)
+        assert not option_has(there, 'e.log')
+        git(source, 'config', '--worktree', '--unset', 'core.excludesFile')
+        until(lambda: option_has(there, 'e.log'), 5, running.log)
 
 
 def test_rules_that_move_with_their_directory_are_taken_up(tmp_path):
