@@ -256,7 +256,7 @@ do_base() {
     dd ibs=65536 skip="$w4" count=0 2>/dev/null
     while [ "$blocks" -gt 0 ]; do
       printf '%s + ' "$nonce"
-      take "$w3" | tee -a "$stage/$w1" | "$sum"
+      take "$w3" | tee -a "$stage/$w1" | { "$sum" || echo; }
       blocks=$((blocks - 1))
     done
   } <"$1"
@@ -1222,6 +1222,9 @@ class Watch:
             return                      # gone or unreadable: who lists it will see that
         if path.startswith('\0') and not self.paths.get(descriptor, path).startswith('\0'):
             return                      # it is watched as a part of the tree
+        moved = path and path[0] != '\0' and self.paths.get(descriptor, path) != path
+        if moved and os.path.realpath(full) != os.path.realpath(full[:-len(path)]) + '/' + path:
+            return                      # above it is a link by now, which leads to what is watched already
         if self.descriptors.get(path) != descriptor:
             self.forget(path)           # another stood there
             self.descriptors.pop(self.paths.get(descriptor), None)
@@ -1740,6 +1743,8 @@ def recover(tree: Tree, answers: List[Tuple[List[Step], int]]) -> None:
         for step in steps:
             path, there = step.path, tree.get(step.path)
             if code == 2 or step.verb == 'meta' and there is None:
+                if step.verb == 'file' and there is not None:   # size and time may be those of what was sent
+                    tree.put(path, there._replace(mtime_ns=None))
                 continue
             if step.verb == 'meta' and there.kind != step.entry.kind:
                 tree.put(path, UNKNOWN)         # it was done to something else
@@ -2813,6 +2818,7 @@ class Replica:
         self.last_sent: Dict[str, float] = {}       # for --update-interval
         self.since: Optional[Dict[str, int]] = None         # what changed since the first look
         self.unsure: Set[str] = set()               # where something may still stand that was about to go
+        self.unlisted: Set[str] = set()             # directories that could not be listed when last we sent
         self.drifts = 0                             # in a row, without coming into step
         self.begun = self.announced = False         # begun: a first meeting came to its end
 
@@ -3018,6 +3024,10 @@ class Replica:
     def take_in(self, changed: Dict[str, int]) -> None:
         """Sends what differs at these paths. If it is little, at once; else only what is gone, what moved and
         the first edits go at once. The rest becomes the backlog, which later edits overtake."""
+        for directory in self.unlisted - self.source.unlisted:          # what is gone from it is known by now
+            gone = (path for path in self.remote.below(directory) if self.source.tree.get(path) is None)
+            changed.update((path, LOOK) for path in gone if path not in changed)
+        self.unlisted = self.source.unlisted.copy()
         for path in self.excused & changed.keys():      # it was never known to be the same
             changed[path] = max(LOOK, changed[path])
         self.excused.difference_update(changed)
@@ -3088,14 +3098,14 @@ class Replica:
         for path, job in list(self.jobs.items()):
             if self.source.tree.get(path) is None:
                 self.cancel(path)
-                hints[path] = CONTENT           # if it was renamed, its bytes are still to be sent
             elif path in hints and not job.is_staged:
                 # it is looked at again when the job is done
                 self.source.hint(path, hints.pop(path), QUIET_SECONDS)
         steps = plan(self.remote, self.source.tree, hints, not self.options.no_delete, self.source.unlisted,
                      self.source.made_ns, self.may_move)
         if self.tries:
-            for path in (self.tries.keys() & hints.keys()) - {step.path for step in steps}:
+            on_its_way = itertools.chain(steps, *self.flying.values())          # that will be answered
+            for path in (self.tries.keys() & hints.keys()) - {step.path for step in on_its_way}:
                 here = self.source.tree.get(path)
                 if here is None or self.remote.get(path) is here:   # not wanted any more, or as it shall be
                     del self.tries[path]
@@ -3347,10 +3357,14 @@ class Replica:
         job.parts = self.upload(job)
         take_back(self.remote, step)
         there = step.before             # it stands until then, and may be where nobody was let in
-        if there is not None and there.kind == 'f' and keeps_out(there, step.entry):
-            closing = Step('meta', step.path, closed(there, step.entry), 'm', there)
-            apply(self.remote, closing)
-            self.post('meta', self.meta_words(closing), [closing])
+        if there is not None and there.kind == 'f':
+            # But no rename of it must count for one of this: its size and time may be the same.
+            there = there._replace(mtime_ns=None)
+            self.remote.put(step.path, there)
+            if keeps_out(there, step.entry):
+                closing = Step('meta', step.path, closed(there, step.entry), 'm', there)
+                apply(self.remote, closing)
+                self.post('meta', self.meta_words(closing), [closing])
 
     def cancel(self, path: str) -> None:
         job = self.jobs.pop(path, None)
@@ -3447,6 +3461,7 @@ class Replica:
             sums = [value.split()[0] for value in values if value.strip()]
             if code or len(sums) != min(some, end - at) // block:
                 self.discard(job)
+                job.name = 'part%d' % next(self.job_numbers)    # should that fail
                 yield 0
                 return
             for there in sums:
@@ -3482,7 +3497,7 @@ class Replica:
         if self.answers and not self.flying:        # all is answered: what differs by now is sent
             answers, self.answers = self.answers, []
             recover(self.remote, answers)
-            self.look_again(self.differing())
+            self.look_again(['', *self.differing()])
 
     def failed_there(self, steps: List[Step], code: int, said: str) -> int:
         """Says why steps failed, and when they are to be tried again. Returns the code, or 0 for what is as
@@ -3495,6 +3510,7 @@ class Replica:
         if stood in ('f', 'l') and 'not empty' in reason:
             code = 2                    # a directory stands where none did
         if code == 2 and follows:       # for want of another that failed: it is planned anew
+            self.try_again(steps)
             return code
         if code == 2 and self.drifts < DRIFTS_MOST:
             self.drifts += 1
@@ -3517,9 +3533,16 @@ class Replica:
         elif len(steps) > 1 or only.verb == 'move':
             for step in steps:
                 self.tries.setdefault(step.path, 0)
+            self.try_again(steps)
         else:
             self.failed(only.path, said or 'it could not be done over there')
         return code
+
+    def try_again(self, steps: List[Step]) -> None:
+        """Puts off once more those of them that had failed by themselves: see is_blocked."""
+        for step in steps:
+            if self.tries.get(step.path):
+                self.failed(step.path, '')
 
     def look_again(self, paths: Iterable[str]) -> None:
         """Has these compared, but for what waits for its turn or its next try."""

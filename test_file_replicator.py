@@ -1580,6 +1580,40 @@ def test_bytes_that_changed_before_a_rename_that_came_before_they_were_read_are_
     source.watch.give_up('the end')
 
 
+def test_a_directory_that_becomes_a_link_while_it_is_listed_takes_no_watch_from_another(monkeypatch, tmp_path):
+    top = str(tmp_path / 'source')
+    write(top + '/a/sub/f', 'old')
+    source, scandir = looked_at(top), os.scandir
+
+    def race(path):
+        found = list(scandir(path))
+        if path == top + '/new':
+            monkeypatch.undo()
+            [item.stat(follow_symlinks=False) for item in found]       # as if it came after that
+            os.rename(path, str(tmp_path / 'away'))
+            os.symlink('a', path)
+        return contextlib.nullcontext(found)
+    monkeypatch.setattr(os, 'scandir', race)
+    os.makedirs(top + '/new/sub')
+    look_again(source)
+    look_again(source)
+    assert source.tree.get('new').kind == 'l'
+    write(top + '/a/sub/f', 'changed')
+    assert look_again(source)['a/sub/f'] == fr.CONTENT
+    source.watch.give_up('the end')
+
+
+def test_a_file_that_was_not_sent_since_another_step_failed_is_sent_though_size_and_time_are_as_before():
+    there, here = (fr.Entry('f', 0o644, 5, 10**18, '', (1, 2), time) for time in (1, 2))
+    remote, local = fr.Tree(), fr.Tree()
+    for tree, entry in ((remote, there), (local, here)):
+        tree.put('', fr.Entry('d', 0o755))
+        tree.put('f', entry)
+    steps = fr.plan(remote, local, {'f': fr.CONTENT})
+    fr.recover(remote, [([fr.Step('meta', '', fr.Entry('d'), 'm', fr.Entry('d', 0o755))], 1), (steps, 2)])
+    assert [step.verb for step in fr.plan(remote, local, {'f': fr.LOOK}) if step.path == 'f'] == ['file']
+
+
 def test_what_comes_while_a_connection_is_made_is_looked_at_and_watched(tmp_path):
     """Else nothing told of what is done through a name in a new directory that is gone when the far side answers."""
     source, far, hold = str(tmp_path / 'src'), str(tmp_path / 'far'), str(tmp_path / 'hold')
@@ -3236,8 +3270,8 @@ def test_what_cannot_be_renamed_there_is_sent_and_what_failed_is_sent_to_where_i
         until_equal(source, far + '/src', running=running)
 
 
-@pytest.mark.parametrize('old, new', [('d/big', 'd/large'), ('d', 'e')])
-def test_a_large_file_that_is_renamed_on_its_way_arrives_though_size_and_time_are_as_before(tmp_path, old, new):
+@pytest.mark.parametrize('old, new, comes', [('d/big', 'd/large', ''), ('d', 'e', ''), ('d', 'e', 'd/big')])
+def test_a_large_file_that_is_renamed_on_its_way_arrives_though_size_and_time_are_as_before(tmp_path, old, new, comes):
     source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
     write(source + '/d/big', FAULT_BIG[:3 << 20], mtime_ns=10**18)
     os.mkdir(far)
@@ -3248,8 +3282,53 @@ def test_a_large_file_that_is_renamed_on_its_way_arrives_though_size_and_time_ar
         running.process.send_signal(signal.SIGCONT)
         until(lambda: [part for part in glob.glob(far + '/src/.file_replicator.*/part*')
                        if os.path.getsize(part) > 1 << 20], 20, running.log)
+        running.process.send_signal(signal.SIGSTOP)
         os.rename(source + '/' + old, source + '/' + new)
+        if comes:
+            write(source + '/' + comes, 'another')
+        running.process.send_signal(signal.SIGCONT)
         until_equal(source, far + '/src', running=running)
+
+
+@pytest.mark.parametrize('shell', ['bash', 'dash'])
+def test_what_is_in_a_directory_that_failed_arrives_though_the_directory_is_touched_while_it_is_tried_again(tmp_path, shell):
+    source, far, full, tried = (str(tmp_path / name) for name in ('src', 'far', 'full', 'tried'))
+    words = shell_command(tmp_path, shell)
+    fault_command(tmp_path / ('shims-' + shell), 'mkdir', (
+        '#!/bin/sh\ncase "$*" in *./new)\n  if [ -e {0} ]; then\n    until [ -e {0}/new ]; do sleep 0.02; done\n'
+        '    echo "mkdir: cannot create: No space left on device" >&2; exit 1\n  fi\n'
+        '  touch {1}; until [ -e {1}.touched ]; do sleep 0.02; done ;;\nesac\nexec {2} "$@"\n').format(full, tried, need('mkdir')))
+    os.mkdir(source)
+    os.mkdir(full)
+    with Running(tmp_path, '--debugging', source, far, *words) as running:
+        os.mkdir(source + '/new')
+        running.says('record dir')
+        write(source + '/new/f', 'f')
+        until(lambda: re.search(r'record file .*\n?.*new/f', running.err()), 20, running.log)
+        write(full + '/new')            # the directory fails only now, and so does the file
+        running.says('No space left')
+        shutil.rmtree(full)
+        until(lambda: os.path.exists(tried), 20, running.log)
+        events = running.err().count('event new ')
+        os.chmod(source + '/new', 0o755)
+        until(lambda: running.err().count('event new ') > events, 20, running.log)
+        write(source + '/later')
+        running.says('event later')     # by then it was looked at
+        write(tried + '.touched')
+        until_equal(source, far + '/src', running=running)
+
+
+@pytest.mark.parametrize('shell', ['bash', 'dash'])
+def test_a_tool_for_sums_that_ends_without_a_word_holds_nothing_up(tmp_path, shell):
+    source, far, broken = (str(tmp_path / name) for name in ('src', 'far', 'broken'))
+    words = shell_command(tmp_path, shell)
+    for tool in ('sha256sum', 'sha1sum', 'md5sum'):
+        fault_command(tmp_path / ('shims-' + shell), tool, '#!/bin/sh\n[ ! -e %s ] || exit 1\nexec %s "$@"\n' % (broken, need(tool)))
+    write(source + '/large', FAULT_BIG[:3 << 20])
+    with Running(tmp_path, source, far, *words) as running:
+        write(broken)
+        write(source + '/large', FAULT_BIG[:2 << 20] + b'x')
+        until_equal(source, far + '/src', 10, running=running)
 
 
 def test_a_large_file_that_becomes_a_directory_while_it_is_on_its_way_is_not_in_its_way(tmp_path):
@@ -4453,6 +4532,21 @@ def test_a_time_that_cannot_be_set_below_a_closed_directory_is_no_change_over_th
     once('--no-replicate-on-change', source, far, *connect, expect=None)
     with Running(tmp_path, source, far, *connect) as running:
         assert 'changed over there' not in running.err(), running.err()
+
+
+def test_what_went_from_a_directory_that_could_not_be_listed_goes_once_it_can(tmp_path, fault_not_root):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/d/gone')
+    write(source + '/d/stays')
+    with Running(tmp_path, source, far, 'bash') as running:
+        os.chmod(source + '/d', 0o311)
+        running.says('cannot be listed')
+        os.unlink(source + '/d/gone')
+        write(source + '/later')        # once it is there, that was looked at
+        until(lambda: os.path.exists(far + '/src/later'), 20, running.log)
+        assert os.path.exists(far + '/src/d/gone')
+        os.chmod(source + '/d', 0o755)
+        until_equal(source, far + '/src', running=running)
 
 
 def test_what_could_not_be_listed_and_is_gone_does_not_keep_it_out_of_step(tmp_path, fault_not_root):
