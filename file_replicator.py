@@ -1587,8 +1587,8 @@ class Source:
         self.tree.put(path, entry)
 
     def forget_name(self, path: str) -> None:
-        """Takes note that what was last seen at a path does not stand there any more. Under its other names it
-        is looked at: events still to come may be of what was done through this one."""
+        """Takes note that what was last seen at a path does not stand there any more. It is looked at under
+        its other names: events still to come may be of what was done through this one."""
         inode = (self.tree.get(path) or UNKNOWN).inode
         others = tuple(name for name in self.names.pop(inode, ()) if name != path)
         if others:
