@@ -3717,7 +3717,7 @@ def test_a_session_that_was_given_up_writes_nothing_more_once_another_began(tmp_
     connect = shell_command(tmp_path, shell)
     text = session_text(far + '/src')
     old = subprocess.Popen([*connect, '-c', text], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
-    old.stdin.write(b'part 1 0 - p\n0\n')
+    old.stdin.write(b'part 1 0 = p\n0\n')
     while old.stdout.readline() not in (b'0123456789ab 1 0\n', b''):
         pass
     once('--no-replicate-on-change', source, far, *connect)
@@ -3742,7 +3742,7 @@ def test_the_shell_of_the_session_before_is_ended_even_if_it_has_nothing_staged(
 
 
 @fault_in_each_shell
-@pytest.mark.parametrize('records', [b'file 1 1 022 - 1 -\n./file\n9 m\nhalf', b'part 1 0 - p\n9 m\nhalf',
+@pytest.mark.parametrize('records', [b'file 1 1 022 - 1 -\n./file\n9 m\nhalf', b'part 1 0 = p\n9 m\nhalf',
                                      b'bulk 1 1 script\n.\n9 m\nhalf',
                                      b'dir 1 1 022\n./d', b'dir 1 1 022\n./d\n'])
 def test_a_record_that_ends_in_its_midst_leaves_nothing(tmp_path, shell, records):
