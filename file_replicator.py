@@ -3461,7 +3461,7 @@ class Replica:
             sums = [value.split()[0] for value in values if value.strip()]
             if code or len(sums) != min(some, end - at) // block:
                 self.discard(job)
-                job.name = 'part%d' % next(self.job_numbers)    # should that fail
+                job.name = 'part%d' % next(self.job_numbers)    # nothing is added to what stays
                 yield 0
                 return
             for there in sums:
