@@ -815,6 +815,11 @@ def pattern_regex(pattern: str) -> Tuple[Pattern, bool]:
     return re.compile(('' if anchored else '(?:.*/)?') + out, re.DOTALL), pattern.endswith('/')
 
 
+def is_behind_link(root: str, path: str) -> bool:
+    """Whether anything above a path is a link here, below this root."""
+    return any(os.path.islink(os.path.join(root, above)) for above in ancestors(path))
+
+
 @contextlib.contextmanager
 def needing_room() -> Iterator[None]:
     try:
@@ -1079,8 +1084,7 @@ class LeftOut:
 
     def ignores_gone(self, top: str, names: List[str]) -> Set[str]:
         """Which of these paths in a work tree, that may be behind a link here, git leaves out."""
-        behind = {name for name in names
-                  if any(os.path.islink(os.path.join(self.root, top, above)) for above in ancestors(name))}
+        behind = {name for name in names if is_behind_link(os.path.join(self.root, top), name)}
         ignored = self.git[top].ignores([name for name in names if name not in behind])
         if behind:
             self.alone[top] = self.alone.get(top) or RulesAlone(self.git[top])
@@ -1223,8 +1227,8 @@ class Watch:
         if path.startswith('\0') and not self.paths.get(descriptor, path).startswith('\0'):
             return                      # it is watched as a part of the tree
         moved = path and path[0] != '\0' and self.paths.get(descriptor, path) != path
-        if moved and os.path.realpath(full) != os.path.realpath(full[:-len(path)]) + '/' + path:
-            return                      # above it is a link by now, which leads to what is watched already
+        if moved and is_behind_link(full[:-len(path)], path):
+            return                      # by now; the link leads to what is watched already
         if self.descriptors.get(path) != descriptor:
             self.forget(path)           # another stood there
             self.descriptors.pop(self.paths.get(descriptor), None)
