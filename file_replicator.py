@@ -1747,8 +1747,8 @@ def recover(tree: Tree, answers: List[Tuple[List[Step], int]]) -> None:
         for step in steps:
             path, there = step.path, tree.get(step.path)
             if code == 2 or step.verb == 'meta' and there is None:
-                if step.verb == 'file' and there is not None:   # size and time may be those of what was sent
-                    tree.put(path, there._replace(mtime_ns=None))
+                if step.verb == 'file':         # what stands may have size and time of what was to be sent
+                    forget_time(tree, path)
                 continue
             if step.verb == 'meta' and there.kind != step.entry.kind:
                 tree.put(path, UNKNOWN)         # it was done to something else
@@ -1769,9 +1769,9 @@ def recover(tree: Tree, answers: List[Tuple[List[Step], int]]) -> None:
 
 
 def forget_time(tree: Tree, path: str) -> None:
-    directory = tree.get(path)
-    if directory is not None and directory.mtime_ns is not None:
-        tree.put(path, directory._replace(mtime_ns=None))
+    there = tree.get(path)
+    if there is not None and there.mtime_ns is not None:
+        tree.put(path, there._replace(mtime_ns=None))
 
 
 def is_another(there: Entry, here: Entry, made_ns: Callable[[str], int] = lambda path: 0,
@@ -3363,10 +3363,10 @@ class Replica:
         there = step.before             # it stands until then, and may be where nobody was let in
         if there is not None and there.kind == 'f':
             # But no rename of it must count for one of this: its size and time may be the same.
-            there = there._replace(mtime_ns=None)
-            self.remote.put(step.path, there)
+            forget_time(self.remote, step.path)
             if keeps_out(there, step.entry):
-                closing = Step('meta', step.path, closed(there, step.entry), 'm', there)
+                closing = Step('meta', step.path, closed(there, step.entry), 'm',
+                               self.remote.get(step.path))
                 apply(self.remote, closing)
                 self.post('meta', self.meta_words(closing), [closing])
 

@@ -1449,6 +1449,11 @@ def looked_at(top):
     return source
 
 
+def looked_at_with_replica(top):
+    source = looked_at(top)
+    return source, fr.Replica(source.report.options, source, source.report)
+
+
 def test_names_that_are_gone_are_not_kept(tmp_path):
     write(str(tmp_path / 'src/base'))
     source = looked_at(str(tmp_path / 'src'))
@@ -1483,8 +1488,7 @@ def test_bytes_are_never_taken_for_those_of_another_file_that_stood_there_when_w
     top = str(tmp_path / 'source')
     write(top + '/f', 'one', mtime_ns=10**18)
     write(top + '/g', 'two', mtime_ns=10**18)
-    source = looked_at(top)
-    replica = fr.Replica(source.report.options, source, source.report)
+    source, replica = looked_at_with_replica(top)
     step = fr.Step('file', 'f', source.tree.get('f'))
     os.rename(top + '/f', top + '/e')
     os.rename(top + '/g', top + '/f')
@@ -1537,8 +1541,7 @@ def test_what_was_done_through_a_name_just_before_another_file_took_it_is_seen(m
     top = str(tmp_path / 'source')
     write(top + '/f', 'both')
     os.link(top + '/f', top + '/h')
-    source = looked_at(top)
-    replica = fr.Replica(source.report.options, source, source.report)
+    source, replica = looked_at_with_replica(top)
     step = fr.Step('file', 'h', source.tree.get('h'))
     write(top + '/h', 'changed')
     write(top + '/new', 'another')
@@ -1570,8 +1573,7 @@ def test_a_link_that_became_a_file_while_it_was_looked_at_is_looked_at_again(mon
 def test_bytes_that_changed_before_a_rename_that_came_before_they_were_read_are_sent(tmp_path):
     top = str(tmp_path / 'source')
     write(top + '/f', 'one', mtime_ns=10**18)
-    source = looked_at(top)
-    replica = fr.Replica(source.report.options, source, source.report)
+    source, replica = looked_at_with_replica(top)
     write(top + '/f', 'two', mtime_ns=10**18)
     assert look_again(source)['f'] == fr.CONTENT
     os.rename(top + '/f', top + '/e')
@@ -1678,8 +1680,7 @@ def test_what_is_no_file_any_more_after_the_look_is_not_read(other, size, tmp_pa
 def test_a_file_that_changed_after_the_look_is_read_as_it_is_now(tmp_path):
     top = str(tmp_path / 'source')
     write(top + '/f', 'one', mtime_ns=10**18)
-    source = looked_at(top)
-    replica = fr.Replica(source.report.options, source, source.report)
+    source, replica = looked_at_with_replica(top)
     step = fr.Step('file', 'f', source.tree.get('f'))
     write(top + '/f', 'longer', mtime_ns=2 * 10**18)
     read, data = replica.read(step)
