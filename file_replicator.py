@@ -1210,11 +1210,11 @@ class Watch:
     def fd(self) -> Optional[int]:
         return self.inotify.fileno() if self.inotify else None
 
-    def follow(self, path: str, full: str) -> None:
+    def follow(self, path: str, full: str) -> str:
         """Watches a directory; called before it is listed, each time. A directory that moved keeps its
-        descriptor."""
+        descriptor: returns the path under which its events came until now."""
         if not self.inotify:
-            return
+            return path
         try:
             # the root may be a link, and where rules stand
             no_follow = self.flags.DONT_FOLLOW if path and path[0] != '\0' else 0
@@ -1223,17 +1223,18 @@ class Watch:
             if error.errno == errno.ENOSPC:
                 self.give_up('there are more directories than inotify may watch (%d so far); raise '
                              'fs.inotify.max_user_watches, to react at once' % len(self.paths))
-            return                      # gone or unreadable: who lists it will see that
-        if path.startswith('\0') and not self.paths.get(descriptor, path).startswith('\0'):
-            return                      # it is watched as a part of the tree
-        moved = path and path[0] != '\0' and self.paths.get(descriptor, path) != path
-        if moved and is_behind_link(full[:-len(path)], path):
-            return                      # by now; the link leads to what is watched already
+            return path                 # gone or unreadable: who lists it will see that
+        before = self.paths.get(descriptor, path)
+        if path.startswith('\0') and not before.startswith('\0'):
+            return path                 # it is watched as a part of the tree
+        if before != path and path[:1] not in ('', '\0') and is_behind_link(full[:-len(path)], path):
+            return path                 # by now; the link leads to what is watched already
         if self.descriptors.get(path) != descriptor:
             self.forget(path)           # another stood there
             self.descriptors.pop(self.paths.get(descriptor), None)
             self.paths[descriptor] = path
             self.descriptors[path] = descriptor
+        return before
 
     def forget(self, path: str) -> None:
         """Stops watching a directory that is gone from here, or has become left out."""
@@ -1312,6 +1313,10 @@ class Source:
             when = min(now + delay, since + most) if most else now + delay
             self.later[path] = when, since, max(why, before)
 
+    def hinted(self, path: str) -> int:
+        """What was hinted of a path since the last look ended; 0 for nothing."""
+        return max(self.hints.get(path, 0), self.changed.get(path, 0), self.later.get(path, (0, 0, 0))[2])
+
     def hint_everything(self) -> None:
         """Has everything looked at, and git asked again what is left out."""
         self.hints[''] = CONTENT
@@ -1378,8 +1383,7 @@ class Source:
             # What was hinted of a file follows it when it is renamed. What comes from elsewhere may have
             # changed there, and kept size and time.
             if not is_directory and mask & flags.MOVED_FROM:
-                self.renamed[cookie] = max(self.hints.get(path, 0), self.changed.get(path, 0),
-                                           self.later.get(path, (0, 0, 0))[2])
+                self.renamed[cookie] = self.hinted(path)
             elif not is_directory and mask & flags.MOVED_TO:
                 why = max(why, self.renamed.pop(cookie, CONTENT))
             # of a file with several names an event only tells one: the others are looked at with it
@@ -1473,8 +1477,9 @@ class Source:
             self.hints.update(dict.fromkeys(self.fresh, CONTENT))
             self.fresh.clear()
         hints, self.hints = self.hints, {}
+        least = LOOK if hints.get('') == CONTENT else META      # more may have been done than events told
         for path, why in hints.items():
-            self.changed[path] = max(why, self.changed.get(path, 0))
+            self.changed[path] = max(why, self.changed.get(path, least))
         if self.left_out.git:
             self.left_out.ask([path for path in hints if path and self.tree.get(path) is None
                                and self.tree.is_directory(parent(path)) and not self.left_out(path, False)])
@@ -1613,7 +1618,7 @@ class Source:
             full = self.full(directory)
             prefix = directory + '/' if directory else ''
             self.now_ns = time.time_ns()
-            self.watch.follow(directory, full)
+            was = self.watch.follow(directory, full)
             try:
                 if self.watch.fd is not None:   # what came into it before it was watched changed its time
                     self.see(directory)
@@ -1645,6 +1650,9 @@ class Source:
             for path in [path for path in before if path not in found]:
                 self.lose(path)
             for path, item in found.items():
+                old = was + path[len(directory):]
+                if old != path and self.hinted(old) == CONTENT and not os.path.lexists(self.full(old)):
+                    self.changed[path] = CONTENT        # its events came under the path of before
                 if self.see(path, listed=item):
                     stack.append(path)
             tick += 1

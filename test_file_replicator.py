@@ -1554,6 +1554,32 @@ def test_what_was_done_through_a_name_just_before_another_file_took_it_is_seen(m
     source.watch.give_up('the end')
 
 
+def test_where_events_were_lost_a_touch_does_not_hide_that_the_bytes_changed_before(tmp_path):
+    top = str(tmp_path / 'source')
+    write(top + '/f', 'one', mtime_ns=10**18)
+    source = looked_at(top)
+    write(top + '/f', 'two', mtime_ns=2 * 10**18)
+    list(source.watch.read())           # as if they had been too many
+    source.hint_everything()
+    os.utime(top + '/f', ns=(3 * 10**18, 3 * 10**18))
+    assert look_again(source)['f'] >= fr.LOOK
+    source.watch.give_up('the end')
+
+
+def test_bytes_that_changed_in_a_directory_that_is_renamed_twice_in_one_look_are_sent(tmp_path):
+    """The event tells the path the directory had in between, where nothing was ever sent to."""
+    top = str(tmp_path / 'source')
+    write(top + '/e/f', 'one', mtime_ns=10**18)
+    source = looked_at(top)
+    os.rename(top + '/e', top + '/a')
+    source.listen()
+    source.look_at_hints()
+    write(top + '/a/f', 'two', mtime_ns=10**18)
+    os.rename(top + '/a', top + '/e')
+    assert look_again(source)['e/f'] == fr.CONTENT
+    source.watch.give_up('the end')
+
+
 def test_a_link_that_became_a_file_while_it_was_looked_at_is_looked_at_again(monkeypatch, capsys, tmp_path):
     source = looked_at(str(tmp_path))
     link, readlink = str(tmp_path / 'link'), os.readlink
