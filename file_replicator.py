@@ -2199,8 +2199,7 @@ class Connection:
         self.said: List[str] = []       # lines of the far side's that are no answers
         self.values: List[str] = []
         self.listing: List[str] = []
-        # what the command wrote to its standard error
-        self.complaints: Deque[str] = collections.deque(maxlen=3)
+        self.complaints = b''           # what the command wrote to its standard error, the end of it
         self.can = ''                   # what the far side can do, once it made its staging
         self.is_staged = False          # over there the staging stands, or will
         self.at_rest = False            # nothing over there is half-way, or staged
@@ -2347,9 +2346,8 @@ class Connection:
         data = self.process.stderr.read(65536)
         if data == b'':
             self.stderr = None          # at its end; the object keeps the file
-        for line in lines_of(data or b''):
-            self.complaints.append(line[:LINE])
-            self.report.debug('stderr', line)
+        self.complaints = (self.complaints + (data or b''))[-BLOCK:]        # a line may come in pieces
+        self.report.debug('stderr', *lines_of(data or b''))
 
     def hear(self, data: bytes) -> None:
         # A milestone may have begun in what came before; none is as long as that.
@@ -2477,7 +2475,7 @@ class Connection:
         return tool, found
 
     def what_was_said(self) -> str:
-        lines = [*self.said[-3:], *self.complaints]
+        lines = self.said[-3:] + [line[:LINE] for line in lines_of(self.complaints)[-3:]]
         return ': ' + '; '.join(lines) if lines else ''
 
     def diagnosis(self) -> str:
@@ -3822,8 +3820,14 @@ def exclude_pattern(text: str) -> str:
     return text
 
 
+class Parser(argparse.ArgumentParser):
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Where argparse writes. Up to 3.10 it raises OSError; to_stdout raises what main knows."""
+        (to_stdout if file is sys.stdout else to_stderr)(message)
+
+
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog='file_replicator.py', description=DESCRIPTION, epilog=EXAMPLES, add_help=False,
         allow_abbrev=False,
         usage='file_replicator.py [OPTIONS] SRC_DIR DEST_PARENT_DIR CONNECTION_COMMAND...',

@@ -7116,11 +7116,16 @@ def test_closed_and_full_outputs_are_no_traceback(tmp_path, redirection):
     assert option_has(there, 'a')
 
 
+@pytest.mark.parametrize('option', ['--receiver', '--help', '--version'])
 @pytest.mark.parametrize('redirection, said', [('| true', b''), ('>/dev/full', b'No space left on device')])
-def test_the_receiver_is_printed_without_a_traceback_where_nobody_reads_it(redirection, said):
-    done = subprocess.run(['bash', '-c', ' '.join(command('--receiver')) + ' ' + redirection], stdout=subprocess.PIPE,
+def test_what_is_printed_is_no_traceback_where_nobody_reads_it(option, redirection, said):
+    done = subprocess.run(['bash', '-c', ' '.join(command(option)) + ' ' + redirection], stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, timeout=30)
     assert said in done.stderr and done.stderr.count(b'\n') == bool(said), done.stderr.decode()
+
+
+def test_a_wrong_command_line_is_status_2_also_where_nobody_reads_why():
+    assert subprocess.run(['bash', '-c', ' '.join(command('one')) + ' 2>/dev/full'], timeout=30).returncode == 2
 
 
 @pytest.mark.parametrize('words, said', [
@@ -7129,6 +7134,8 @@ def test_the_receiver_is_printed_without_a_traceback_where_nobody_reads_it(redir
     (['sh', '-c', 'echo its own words >&2; exit 127'], 'status 127: its own words (a command was not found'),
     (['sh', '-c', 'echo its own words; exit 126'], 'status 126: its own words (a command could not be run'),
     (['sh', '-c', 'echo no such container >&2; exit 125'], 'no such container (docker itself refused'),
+    (['sh', '-c', 'for w in no "such " "container: " "a "b; do printf "$w" >&2; sleep .02; done; exit 125'],
+     'status 125: nosuch container: a b (docker itself refused'),
     (['sh', '-c', 'echo Connection refused >&2; exit 255'],
      'Connection refused (ssh could not connect or log in'),
     (['sh', '-c', 'exit 77'], 'ended with status 77'),
