@@ -832,9 +832,11 @@ def needing_room() -> Iterator[None]:
 @functools.lru_cache(maxsize=None)
 def empty_repository() -> Any:
     """Git reads a .gitignore only where there is a repository: this is one, elsewhere, until we end."""
+    import atexit
     import tempfile
     with needing_room():
         top = tempfile.TemporaryDirectory(prefix='file_replicator.git.')
+        atexit.register(top.cleanup)
         for name in ('objects', 'refs'):
             os.mkdir(os.path.join(top.name, name))
         with open(os.path.join(top.name, 'HEAD'), 'w') as file:
@@ -1012,6 +1014,10 @@ class RulesAlone(Git):
             if is_one:
                 self.copy_rules(full)
         return super().ignores(paths)
+
+    def close(self) -> None:
+        super().close()
+        self.room.cleanup()
 
 
 class LeftOut:
@@ -3422,6 +3428,7 @@ class Replica:
         while job.unanswered:
             yield False
         after = os.fstat(fd)
+        file.close()
         still = (after.st_size, after.st_mtime_ns) == (entry.size, entry.mtime_ns)
         if still:
             self.unstable.pop(path, None)
