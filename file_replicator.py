@@ -574,13 +574,10 @@ main() {
   echo
   echo "$nonce ready"
   # The session of a staging may still be at work, though who started it was killed: by the probe it ends
-  # before we list.
+  # before we list. Where that fails, the next one says why.
   case $flags in
     *d*) ;;
-    *)
-      if empty; then do_probe || { keep_stage; give_up "cannot write there"; }; fi
-      [ -z "$(others)" ] || do_probe
-      ;;
+    *) if empty || [ -n "$(others)" ]; then do_probe; fi ;;
   esac
   list_mounts
   list "$@"
@@ -3009,7 +3006,7 @@ class Replica:
             self.far.turn(None)
         code, said, values = answers[0]
         if code:
-            raise (Lost if self.options.watch and (self.begun or self.options.wait) else Stop)(
+            raise (Lost if self.options.wait or self.options.watch and self.begun else Stop)(
                 'cannot write to %s over there: %s' % (shown(self.options.destination), said))
         words = values[0].partition('\n')[0].split() if values else []
         if len(words) != len(Abilities._fields):
