@@ -2623,8 +2623,6 @@ class Report:
         if self.files and step is not None and step.verb in ('file', 'link', 'dir'):
             self.files_done += 1
             self.bytes_done += bulk_size(step.entry)
-        if len(self.lines) > 1000:
-            self.flush()
 
     def flush(self) -> None:
         """Raises Stopped where nobody reads any more."""
