@@ -3117,10 +3117,8 @@ class Replica:
         if self.tries:
             on_its_way = itertools.chain(steps, *self.flying.values())          # that will be answered
             for path in (self.tries.keys() & hints.keys()) - {step.path for step in on_its_way}:
-                here = self.source.tree.get(path)
-                if here is None or self.remote.get(path) is here:   # not wanted any more, or as it shall be
-                    del self.tries[path]
-                    self.report.solved(path, 'send')
+                del self.tries[path]    # not wanted any more, or as it shall be
+                self.report.solved(path, 'send')
         for step in [step for step in steps if step.verb == 'meta' and step.path in unfinished
                      and not is_passing(step)]:
             take_back(self.remote, step)
