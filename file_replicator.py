@@ -1639,6 +1639,9 @@ class Source:
             if before is None:          # it was replaced
                 continue
             self.report.solved(directory, 'list')
+            for stage, path in list(self.report.problems) if directory in self.unlisted else ():
+                if stage == 'look' and parent(path) == directory and path not in found:
+                    self.report.solved(path, stage)     # it is gone, and never was in the tree
             self.unlisted.discard(directory)
             if self.left_out.enter(directory, found):
                 self.follow_rules(self.now_ns, [directory])

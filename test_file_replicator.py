@@ -4652,6 +4652,24 @@ def test_what_cannot_be_read_is_named_and_nothing_of_it_is_removed(tmp_path, fau
             os.chmod(os.path.join(source, name), 0o755)
 
 
+@pytest.mark.parametrize('options', [(), ('--poll', '.5')])
+def test_what_could_not_be_looked_at_and_is_gone_is_no_problem_any_more(tmp_path, fault_not_root, options):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/half/in', 'never seen')
+    os.chmod(source + '/half', 0o444)
+    try:
+        with Running(tmp_path, *options, source, far, 'bash', wait=False) as running:
+            running.says('not in step')
+            running.process.send_signal(signal.SIGSTOP)         # so that it never sees what is in it
+            os.chmod(source + '/half', 0o755)
+            os.remove(source + '/half/in')
+            running.process.send_signal(signal.SIGCONT)
+            until(lambda: running.out().endswith('in step\n'), 10, running.log)
+            assert os.listdir(far + '/src/half') == []
+    finally:
+        os.chmod(source + '/half', 0o755)
+
+
 def test_a_file_that_the_disk_cannot_read_to_its_end_is_named_and_what_stood_there_stays(fault_open):
     fault_root()
     source, replica, disk = fault_open + '/src', fault_open + '/far/src', fault_open + '/disk'
