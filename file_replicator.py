@@ -25,6 +25,11 @@ sections 2, 5 and 6 touch nothing, no clock, no disk and no process.
 
 from __future__ import annotations      # so that none of them costs time at the start
 
+import signal
+
+if __name__ == '__main__':              # until main does better: Ctrl-C during what follows is no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import collections
 import contextlib
@@ -38,7 +43,6 @@ import os
 import re
 import select
 import shlex
-import signal
 import stat
 import struct
 import subprocess
@@ -951,8 +955,12 @@ class Git:
     def answer(self, path: str) -> List[bytes]:
         """What check-ignore says of a path, field by field; fewer than there should be where it ended."""
         if self.asking is None:
+            # With the index it takes the longer for each path the larger that is. What is tracked is known
+            # without, but not rules that were not checked out.
+            rules = self.run('ls-files', '-t', '-z', '--', ':(top)*.gitignore')
+            words = [] if re.search(rb'(^|\0)S ', rules) else ['--no-index']
             self.asking = self.start(
-                subprocess.Popen, 'check-ignore', '-z', '--stdin', '--verbose', '--non-matching',
+                subprocess.Popen, 'check-ignore', '-z', '--stdin', '--verbose', '--non-matching', *words,
                 stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
         with contextlib.suppress(BrokenPipeError):
             self.asking.stdin.write(b'./' + os.fsencode(path) + b'\0')
@@ -2258,7 +2266,8 @@ class Connection:
     def has_room(self) -> bool:
         """Whether more of the backlog may follow: little enough is on the way, and no more than a record of
         it still here, that a fresh edit need not wait long."""
-        return self.bytes_in_flight < self.window and sum(map(len, self.out)) < self.record_bytes
+        return (self.bytes_in_flight < self.window and len(self.flight) <= CROWD
+                and sum(map(len, self.out)) < self.record_bytes)
 
     def adapt(self, waited: float, took: float) -> None:
         """What a large record teaches of the link, from how long it was on the way, and how long after the
@@ -2870,6 +2879,7 @@ class Replica:
                 'what stands in %s cannot be listed: the far side has neither a find with -printf nor a stat '
                 'with -c' % shown(options.destination))
         self.mounts = far.mounts()
+        self.judge_extras()
         self.remote = believe(self.listed(), source.tree, self.remote, self.is_ours, source.made_ns)
         if far.can or self.overlaps() and not options.dry_run:
             self.probe()                # before anything is touched
@@ -2923,12 +2933,20 @@ class Replica:
                 mounts.add(path)
             yield path, entry
 
+    def judge_extras(self) -> None:
+        """Has git say of what stands only over there, and might be removed, what is left out; what is above
+        first, since what is in a directory that is left out need not be asked about."""
+        left_out, tree = self.source.left_out, self.source.tree
+        extras = [path for path, _, _ in self.far.entries() if path and tree.get(path) is None
+                  ] if self.options.mirror and left_out.git else []
+        for depth in sorted({path.count('/') for path in extras}):
+            left_out.ask([path for path in extras if path.count('/') == depth
+                          and not left_out.within(parent(path), True)], gone=True)
+
     def is_ours(self, path: str, entry: Entry) -> bool:
         """Whether something over there that is not here may be removed."""
         if self.options.clean_out and not self.begun:
             return True
-        if self.options.mirror:
-            self.source.left_out.ask([path], gone=True)
         ours = (entry.kind != 'd' and is_staging(path)
                 or self.options.mirror and not self.source.left_out.within(path, entry.kind == 'd'))
         if not ours:
@@ -3242,6 +3260,8 @@ class Replica:
             unknown = step.before is not None and step.before.kind == '?'
             alone = (name != '-' or unknown or step.path in self.tries
                      or self.mounts and is_below(step.path, self.mounts)     # no rename leads there
+                     # it may stand there: no rename replaces a directory in which something is
+                     or step.verb == 'dir' and is_below(step.path + '/', self.source.left_out.known)
                      or not 0 <= (step.entry.mtime_ns or 0) < 8 * 10**18)       # the times that tar knows
             if alone or size + len(data) > most or len(batch) >= BULK_PATHS:
                 self.send_batch(batch)
@@ -3520,8 +3540,11 @@ class Replica:
         reason = said.rpartition(': ')[2].lower()       # the path before it may have any name
         in_the_way = (only.verb == 'remove' and stood in ('d', '?')
                       and ('not empty' in reason or 'busy' in reason))
-        if stood in ('f', 'l') and 'not empty' in reason:
-            code = 2                    # a directory stands where none did
+        if 'not empty' in reason and (stood in ('f', 'l') or (
+                self.options.mirror and len(steps) == 1 and only.entry is not None
+                and not self.tries.get(only.path))):
+            code = 2                    # A directory stands where none did. Or --mirror may remove what is in
+            self.tries[only.path] = int(not follows)    # it, once it is listed; if not, it fails next time.
         if code == 2 and follows:       # for want of another that failed: it is planned anew
             self.try_again(steps)
             return code
@@ -3531,8 +3554,8 @@ class Replica:
         if code == 1 and in_the_way and not follows and not self.remote.inside.get(only.path):
             if self.source.tree.get(only.path) is None:     # else what is to stand there says so
                 self.report.notice(only.path, 'stays over there: it holds what was not replicated')
-            self.report.solved(only.path, 'send')
-            self.tries.pop(only.path, None)
+                self.report.solved(only.path, 'send')
+                self.tries.pop(only.path, None)
             return 0
         if code == 3 or code == 1 and only.verb == 'meta' and len(steps) == 1:
             if only.verb == 'meta' and only.detail == 't' and only.entry.kind == 'd':

@@ -4834,6 +4834,25 @@ def test_a_fresh_edit_goes_before_what_is_new_though_both_are_seen_at_once(tmp_p
         assert not os.path.exists(far + '/src/backlog') or len(os.listdir(far + '/src/backlog')) < 100
 
 
+def test_a_fresh_edit_does_not_wait_for_thousands_of_new_times(tmp_path):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    names = ['old/%04d' % number for number in range(6000)]
+    for name in ('edited', *names):
+        write(os.path.join(source, name), 'first')
+    os.mkdir(far)
+    with Running(tmp_path, source, far, 'dash') as running:
+        running.process.send_signal(signal.SIGSTOP)
+        for number, name in enumerate(names):
+            os.utime(os.path.join(source, name), ns=(0, 10**18 + number * 10**9))
+        running.process.send_signal(signal.SIGCONT)
+        until(lambda: any(os.stat(os.path.join(far, 'src', name)).st_mtime < 1.1e9 for name in names), 20, running.log)
+        write(source + '/edited', 'then')
+        until(lambda: fault_holds(far, 'src/edited', b'then'), 20, running.log)
+        done = sum(os.stat(os.path.join(far, 'src', name)).st_mtime < 1.1e9 for name in names)
+        assert done < 4000
+        until_equal(source, far + '/src', 30, running=running)
+
+
 @pytest.mark.parametrize('change', ['rm a', 'mv a b', 'rm -r d', 'mv d e'])
 def test_what_was_about_to_go_when_the_connection_ended_goes_all_the_same(tmp_path, change):
     source, far, shims = str(tmp_path / 'src'), str(tmp_path / 'far'), tmp_path / 'shims-dash'
@@ -7142,6 +7161,14 @@ def test_what_is_printed_is_no_traceback_where_nobody_reads_it(option, redirecti
     assert said in done.stderr and done.stderr.count(b'\n') == bool(said), done.stderr.decode()
 
 
+def test_ctrl_c_while_the_program_is_still_loading_is_no_traceback(tmp_path):
+    shutil.copy(os.path.join(HERE, 'file_replicator.py'), str(tmp_path))
+    write(str(tmp_path / 'argparse.py'), 'import os\nos.kill(os.getpid(), 2)\n')      # comes first: it is beside it
+    done = subprocess.run([sys.executable, str(tmp_path / 'file_replicator.py'), '--help'], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (-2, b'', b'')
+
+
 def test_a_wrong_command_line_is_status_2_also_where_nobody_reads_why():
     assert subprocess.run(['bash', '-c', ' '.join(command('one')) + ' 2>/dev/full'], timeout=30).returncode == 2
 
@@ -7426,6 +7453,40 @@ def test_with_mirror_a_directory_that_came_to_stand_where_a_file_of_ours_did_goe
         until_equal(source, far + '/src', 10, running=running)
 
 
+@pytest.mark.parametrize('change', ['echo t >far/src/new/theirs; echo f >src/new', 'echo t >far/src/d/theirs; rm -r src/d; echo f >src/d',
+                                    'echo f >src/out; : >src/.gitignore'])
+def test_with_mirror_a_directory_that_was_never_listed_makes_way_while_we_watch(tmp_path, change):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    for path in (source + '/d/f', source + '/.gitignore', far + '/src/out/theirs'):
+        write(path, 'out\n')
+    with Running(tmp_path, '--mirror', source, far, 'dash') as running:
+        os.mkdir(far + '/src/new')
+        subprocess.run(['sh', '-c', change], cwd=str(tmp_path), check=True)
+        until(lambda: any(os.path.isfile(os.path.join(far, 'src', name)) for name in ('new', 'd', 'out')), 10, running.log)
+        until(lambda: running.out().endswith('in step\n'), 10, running.log)
+        assert running.err().count('comparing again') == 1
+
+
+def test_with_mirror_what_git_leaves_out_in_a_directory_in_the_way_is_compared_once_and_stays(tmp_path):
+    source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
+    write(source + '/d/f')
+    write(source + '/.gitignore', '*.db\n')
+    os.mkdir(far)
+    with Running(tmp_path, '--mirror', source, far, 'dash') as running:
+        for name in ('theirs', 'kept.db'):
+            write(far + '/src/d/' + name)
+        shutil.rmtree(source + '/d')
+        write(source + '/d', 'a file')
+        running.says('not in step')
+        write(source + '/d', 'another')         # is tried again
+        write(source + '/z')
+        until(lambda: os.path.exists(far + '/src/z'), 10, running.log)
+        assert os.listdir(far + '/src/d') == ['kept.db']
+        assert running.err().count('comparing again') == 1
+        os.unlink(far + '/src/d/kept.db')
+        until(lambda: fault_holds(far, 'src/d', b'another'), 40, running.log)
+
+
 def test_a_directory_whose_mode_and_time_cannot_be_set_is_named_once(tmp_path):
     source, far, stuck = str(tmp_path / 'src'), str(tmp_path / 'far'), str(tmp_path / 'stuck')
     write(source + '/a/f', 'first')
@@ -7653,6 +7714,70 @@ def test_an_edit_need_not_wait_for_git_to_judge_a_thousand_files_one_by_one(tmp_
         until(lambda: option_has(there, 'edit'), 10, running.log)
         assert asked.stat().st_size - before < 50
     assert option_paths(there) == ['.gitignore', 'a', 'edit']
+
+
+def test_with_mirror_git_is_not_started_for_each_thing_that_stands_over_there(tmp_path):
+    source, there = option_source(tmp_path, 'a')
+    write(str(source / '.gitignore'), '*.o\n/out/\n')
+    git_init(source)
+    for number in range(300):
+        for name in ('kept%d.o', 'extra%d', 'out/%d'):
+            write(str(there / (name % number)))
+    asked = tmp_path / 'asked'
+    option_once(tmp_path, '--mirror', env=option_git(tmp_path, 'echo >>%s; %%s' % asked))
+    assert asked.stat().st_size < 20
+    assert sorted(os.listdir(str(there))) == sorted(['.gitignore', 'a', 'out', *('kept%d.o' % i for i in range(300))])
+    assert len(os.listdir(str(there / 'out'))) == 300
+
+
+def test_what_is_new_in_a_large_repository_does_not_wait_for_git_to_search_its_index(tmp_path):
+    """Without --no-index git takes some milliseconds more for each path, here."""
+    source, there = option_source(tmp_path, 'a')
+    write(str(source / '.gitignore'), '*.o\n')
+    git_init(source)
+    blob = os.fsdecode(git(source, 'hash-object', '-w', 'a')).strip()
+    many = ''.join('100644 %s\tsome/tracked/%06d\n' % (blob, number) for number in range(200000))
+    subprocess.run(['git', 'update-index', '--index-info'], cwd=str(source), input=many.encode(), check=True)
+    seconds = []
+    with option_watching(tmp_path) as running:
+        for name in ('many', 'more'):
+            start = time.monotonic()
+            for number in range(1000):
+                write(str(source / name / str(number)))
+            until(lambda: option_has(there, name) and len(os.listdir(str(there / name))) == 1000, 20, running.log)
+            seconds.append(time.monotonic() - start)
+    assert min(seconds) < 1.2, seconds
+
+
+def test_rules_that_are_only_in_the_index_count_for_what_comes_later(tmp_path):
+    source, there = option_source(tmp_path, 'a', 'd/f')
+    write(str(source / 'd/.gitignore'), 'secret\n')
+    git_init(source)
+    git(source, 'add', '.')
+    git(source, 'update-index', '--skip-worktree', 'd/.gitignore')
+    os.unlink(str(source / 'd/.gitignore'))
+    with option_watching(tmp_path) as running:
+        write(str(source / 'd/secret'))
+        write(str(source / 'd/later'))
+        until(lambda: option_has(there, 'd/later'), 10, running.log)
+        assert not option_has(there, 'd/secret')
+
+
+def test_what_is_not_ignored_any_more_goes_together_into_the_directory_that_still_stands_there(tmp_path):
+    source, there = option_source(tmp_path, 'a', *('out/deep/%d' % number for number in range(300)))
+    write(str(source / '.gitignore'), '')
+    git_init(source)
+    with option_watching(tmp_path, '--debugging') as running:
+        write(str(source / '.gitignore'), 'out\n')
+        until(lambda: running.out().count('in step') == 2, 10, running.log)
+        before = len(re.findall('record file', running.err()))
+        write(str(source / 'out/deep/0'), 'another')
+        write(str(source / '.gitignore'), '')
+        until(lambda: fault_holds(there, 'out/deep/0', b'another'), 10, running.log)
+        until(lambda: running.out().count('in step') == 3, 10, running.log)
+        assert not difference(str(source / 'out'), str(there / 'out'))
+        assert len(re.findall('record file', running.err())) - before < 10
+        assert 'record bulk' in running.err()
 
 
 def test_ignored_paths_of_any_length_are_no_trouble(tmp_path):
