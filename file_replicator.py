@@ -3540,11 +3540,14 @@ class Replica:
         reason = said.rpartition(': ')[2].lower()       # the path before it may have any name
         in_the_way = (only.verb == 'remove' and stood in ('d', '?')
                       and ('not empty' in reason or 'busy' in reason))
-        if 'not empty' in reason and (stood in ('f', 'l') or (
-                self.options.mirror and len(steps) == 1 and only.entry is not None
-                and not self.tries.get(only.path))):
-            code = 2                    # A directory stands where none did. Or --mirror may remove what is in
-            self.tries[only.path] = int(not follows)    # it, once it is listed; if not, it fails next time.
+        # What is in a directory, as far as it was never listed, --mirror may remove once it is. That is tried
+        # once: what find need not list stays.
+        unlisted = (self.options.mirror and len(steps) == 1 and only.entry is not None
+                    and not self.tries.get(only.path)
+                    and not any(path.startswith(only.path + '/') for path in self.source.left_out.known))
+        if 'not empty' in reason and (stood in ('f', 'l') or unlisted):
+            code = 2                    # a directory stands where none did
+            self.tries[only.path] = int(not follows)
         if code == 2 and follows:       # for want of another that failed: it is planned anew
             self.try_again(steps)
             return code
