@@ -270,10 +270,13 @@ do_base() {
 # dir MODE: makes the path a directory. What is in the way and is none goes.
 do_dir() {
   solid "$1" || return 2
-  if [ ! -h "$1" ] && [ -d "$1" ]; then chmod "$w1" "$1" || return 3; return 0; fi
-  ! stands "$1" || rm -f "$1" || return 1
-  mkdir -m "$w1" "$1" || return 1
-  [ ! -g "$1" ] || chmod g-s "$1"
+  if [ ! -h "$1" ] && [ -d "$1" ]; then
+    chmod "$w1" "$1" || return 3
+  else
+    ! stands "$1" || rm -f "$1" || return 1
+    mkdir -m "$w1" "$1" || return 1
+  fi
+  [ ! -g "$1" ] || chmod g-s "$1"       # which it had, or inherited
 }
 
 # link TIME: the first path, less the dot at its end, is where the second shall lead.
@@ -845,6 +848,10 @@ def empty_repository() -> Any:
     return top
 
 
+# of ls-files -t -s: a submodule, or rules that are not checked out
+IN_INDEX_ONLY = re.compile(rb'(?:^|\0)(?:. 160000 |S [^\t]*\t(?:[^\0]*/)?\.gitignore\0)')
+
+
 class Git:
     """What git ignores in one work tree, or in a directory that is in none, as rules and index are now."""
 
@@ -955,10 +962,9 @@ class Git:
     def answer(self, path: str) -> List[bytes]:
         """What check-ignore says of a path, field by field; fewer than there should be where it ended."""
         if self.asking is None:
-            # With the index it takes the longer for each path the larger that is. What is tracked is known
-            # without, but not rules that were not checked out.
-            rules = self.run('ls-files', '-t', '-z', '--', ':(top)*.gitignore')
-            words = [] if re.search(rb'(^|\0)S ', rules) else ['--no-index']
+            # With the index it takes the longer for each path the larger that is.
+            index = self.run('ls-files', '-t', '-s', '-z', '--', ':(top)')
+            words = [] if IN_INDEX_ONLY.search(index) else ['--no-index']
             self.asking = self.start(
                 subprocess.Popen, 'check-ignore', '-z', '--stdin', '--verbose', '--non-matching', *words,
                 stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
@@ -1019,10 +1025,6 @@ class RulesAlone(Git):
             if is_one:
                 self.copy_rules(full)
         return super().ignores(paths)
-
-    def close(self) -> None:
-        super().close()
-        self.room.cleanup()
 
 
 class LeftOut:
@@ -1144,6 +1146,8 @@ class LeftOut:
     def close(self) -> None:
         for each in (*self.git.values(), *self.alone.values()):
             each.close()
+        for alone in self.alone.values():
+            alone.room.cleanup()
         self.git.clear()
         self.alone.clear()
 

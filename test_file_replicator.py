@@ -7763,6 +7763,47 @@ def test_rules_that_are_only_in_the_index_count_for_what_comes_later(tmp_path):
         assert not option_has(there, 'd/secret')
 
 
+def test_what_is_new_in_a_submodule_that_is_not_checked_out_is_no_matter_of_the_rules_around_it(tmp_path):
+    source, there = option_source(tmp_path, 'a')
+    write(str(source / '.gitignore'), '*.o\n')
+    git_init(source)
+    git(source, 'update-index', '--add', '--cacheinfo', '160000,%040d,sub' % 1)
+    os.makedirs(str(source / ('sub/' + 'd/' * 30)))         # some git crashes at such a depth
+    with option_watching(tmp_path) as running:
+        for name in ('new.o', 'd/' * 30 + 'new.o'):
+            write(str(source / 'sub' / name))
+            until(lambda: option_has(there, 'sub/' + name), 10, running.log)
+
+
+def test_with_mirror_what_is_ignored_behind_a_link_here_stays_though_git_crashes(tmp_path):
+    """Some git does where a path is deep; what comes after is to be judged as before."""
+    source, there = option_source(tmp_path, 'real/f')
+    write(str(source / '.gitignore'), '*.o\n')
+    git_init(source)
+    deep = 'y/' + 'e/' * 32 + 'l3'
+    write(str(there / ('l1/' + 'd/' * 28 + 'a.o')))
+    write(str(there / deep / 'keep.o'))
+    os.symlink('real', str(source / 'l1'))
+    os.makedirs(str(source / os.path.dirname(deep)))
+    os.symlink('/nowhere', str(source / deep))
+    git(source, 'add', '.')
+    done = option_once(tmp_path, '--mirror', expect=1)
+    assert option_has(there, 'l1/' + 'd/' * 28 + 'a.o', deep + '/keep.o'), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize('shell', ['dash', 'busybox sh'])
+def test_a_directory_that_is_not_ignored_any_more_does_not_keep_the_setgid_bit_it_has_there(tmp_path, shell):
+    source, there = option_source(tmp_path, 'b/1')
+    write(str(source / '.gitignore'), 'b/\n')
+    git_init(source)
+    write(str(there / 'b/own'))
+    os.chmod(str(there / 'b'), 0o2755)
+    with Running(tmp_path, source, there.parent, *shell_command(tmp_path, shell)) as running:
+        write(str(source / '.gitignore'), '')
+        until(lambda: option_has(there, 'b/1') and running.out().count('in step') == 2, 10, running.log)
+        assert stat.S_IMODE(os.stat(str(there / 'b')).st_mode) == stat.S_IMODE(os.stat(str(source / 'b')).st_mode)
+
+
 def test_what_is_not_ignored_any_more_goes_together_into_the_directory_that_still_stands_there(tmp_path):
     source, there = option_source(tmp_path, 'a', *('out/deep/%d' % number for number in range(300)))
     write(str(source / '.gitignore'), '')
