@@ -3093,7 +3093,7 @@ class Replica:
             for path, here, there in pairs:
                 if here is not None and there is None and here.inode in movable:
                     first.add(path)
-                elif here is not None and there is not None and here.kind != 'd':
+                elif None not in (here, there) and here.kind != 'd' and changed[path] > META:
                     edits += bulk_size(here) + 512
                     if edits < BULK_BYTES:      # an edit need not wait for what is new
                         first.add(path)
@@ -3122,7 +3122,8 @@ class Replica:
                 break
             path, why = self.waiting.popitem(last=False)
             some[path] = why
-            size += bulk_size(self.source.tree.get(path))
+            # a new time may need a process over there
+            size += bulk_size(self.source.tree.get(path)) if why > META else most // LIST_PATHS
         if some:
             following = next(iter(self.waiting), None)
             self.send(some, () if following is None else {'', *ancestors(following)})
@@ -3481,7 +3482,9 @@ class Replica:
         if common <= BULK_BYTES or self.can.sum == '-':
             return
         import hashlib
-        block = min(SUMS_BYTES, BLOCK * -(-common // (BLOCK * 256)))
+        # Each costs some milliseconds over there, so they are the larger the faster the link is.
+        block = BLOCK * max(-(-common // (BLOCK * 256)), self.far.record_bytes // (BLOCK * 16))
+        block = min(SUMS_BYTES, block)
         some = SUMS_BYTES // block * block
         asked, at, end = 0, 0, common // block * block
         path = [wire(job.step.path)]
