@@ -2270,8 +2270,7 @@ class Connection:
     def has_room(self) -> bool:
         """Whether more of the backlog may follow: little enough is on the way, and no more than a record of
         it still here, that a fresh edit need not wait long."""
-        return (self.bytes_in_flight < self.window and len(self.flight) <= CROWD
-                and sum(map(len, self.out)) < self.record_bytes)
+        return self.bytes_in_flight < self.window and sum(map(len, self.out)) < self.record_bytes
 
     def adapt(self, waited: float, took: float) -> None:
         """What a large record teaches of the link, from how long it was on the way, and how long after the
@@ -3102,7 +3101,7 @@ class Replica:
             changed = {path: why for path, why in changed.items() if path in first}
         self.send(changed)
 
-    def fill(self) -> bool:
+    def fill(self, looked: bool) -> bool:
         """Sends of what can wait as much as there is room for: a part of each large file, and a slice of the
         backlog. Whether there may be more to do at once."""
         busy = False
@@ -3114,6 +3113,8 @@ class Replica:
                 busy = busy or state is not False
         # what seems to be gone of a source that is gone may not be
         size, some, most = 0, {}, self.far.record_bytes if self.far.has_room() and not self.source.gone else 0
+        if len(self.far.flight) > CROWD and not looked:
+            most = 0                    # an edit would wait behind it; but edits and it take turns
         path = ''
         while self.waiting and len(some) < BULK_PATHS and size < most:
             # Where it can, it ends with a directory, whose time else would have to be set once more.
@@ -3731,10 +3732,12 @@ def keep_in_step(options: Options, source: Source, replica: Replica, hooks: Hook
         if not source.gone and source.root_identity() != source.identity:
             source.hint_everything()
         busy = False
+        looked = False
         if not replica.answers:         # else it has to be known first what became of what was sent
             if source.has_hints() and not replica.far.is_crowded():
                 replica.take_in(source.look())
-            busy = replica.fill()
+                looked = True
+            busy = replica.fill(looked)
         if not busy and replica.far.is_staged and replica.is_idle(sent_is_enough=not options.watch):
             replica.rest()
         elif not busy and replica.is_idle():
