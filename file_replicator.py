@@ -1667,10 +1667,11 @@ class Source:
                          if not self.left_out(path, is_directory(item))}
             for path in [path for path in before if path not in found]:
                 self.lose(path)
-            for path, item in found.items():
+            for path in found if was != directory else ():      # then events came under another path
                 old = was + path[len(directory):]
-                if old != path and self.hinted(old) == CONTENT and not os.path.lexists(self.full(old)):
-                    self.changed[path] = CONTENT        # its events came under the path of before
+                if self.hinted(old) == CONTENT and not os.path.lexists(self.full(old)):
+                    self.changed[path] = CONTENT
+            for path, item in found.items():
                 if self.see(path, listed=item):
                     stack.append(path)
             tick += 1
@@ -2940,11 +2941,14 @@ class Replica:
         """Has git say of what stands only over there, and might be removed, what is left out; what is above
         first, since what is in a directory that is left out need not be asked about."""
         left_out, tree = self.source.left_out, self.source.tree
-        extras = [path for path, _, _ in self.far.entries() if path and tree.get(path) is None
-                  ] if self.options.mirror and left_out.git else []
-        for depth in sorted({path.count('/') for path in extras}):
-            left_out.ask([path for path in extras if path.count('/') == depth
-                          and not left_out.within(parent(path), True)], gone=True)
+        if not self.options.mirror or not left_out.git:
+            return
+        levels: Dict[int, List[str]] = {}
+        for path, _, _ in self.far.entries():
+            if path and tree.get(path) is None:
+                levels.setdefault(path.count('/'), []).append(path)
+        for _, paths in sorted(levels.items()):
+            left_out.ask([path for path in paths if not left_out.within(parent(path), True)], gone=True)
 
     def is_ours(self, path: str, entry: Entry) -> bool:
         """Whether something over there that is not here may be removed."""
@@ -3103,7 +3107,8 @@ class Replica:
 
     def fill(self, looked: bool) -> bool:
         """Sends of what can wait as much as there is room for: a part of each large file, and a slice of the
-        backlog. Whether there may be more to do at once."""
+        backlog; after a look that too where many records are on their way, so that edits and it take turns.
+        Whether there may be more to do at once."""
         busy = False
         for path, job in list(self.jobs.items())[:JOBS]:
             if self.far.has_room():
@@ -3112,9 +3117,8 @@ class Replica:
                     del self.jobs[path]
                 busy = busy or state is not False
         # what seems to be gone of a source that is gone may not be
-        size, some, most = 0, {}, self.far.record_bytes if self.far.has_room() and not self.source.gone else 0
-        if len(self.far.flight) > CROWD and not looked:
-            most = 0                    # an edit would wait behind it; but edits and it take turns
+        may = self.far.has_room() and (looked or not self.far.is_crowded()) and not self.source.gone
+        size, some, most = 0, {}, self.far.record_bytes if may else 0
         path = ''
         while self.waiting and len(some) < BULK_PATHS and size < most:
             # Where it can, it ends with a directory, whose time else would have to be set once more.
@@ -3548,12 +3552,7 @@ class Replica:
         reason = said.rpartition(': ')[2].lower()       # the path before it may have any name
         in_the_way = (only.verb == 'remove' and stood in ('d', '?')
                       and ('not empty' in reason or 'busy' in reason))
-        # What is in a directory, as far as it was never listed, --mirror may remove once it is. That is tried
-        # once: what find need not list stays.
-        unlisted = (self.options.mirror and len(steps) == 1 and only.entry is not None
-                    and not self.tries.get(only.path)
-                    and not any(path.startswith(only.path + '/') for path in self.source.left_out.known))
-        if 'not empty' in reason and (stood in ('f', 'l') or unlisted):
+        if 'not empty' in reason and (stood in ('f', 'l') or len(steps) == 1 and self.holds_unlisted(only)):
             code = 2                    # a directory stands where none did
             self.tries[only.path] = int(not follows)
         if code == 2 and follows:       # for want of another that failed: it is planned anew
@@ -3584,6 +3583,12 @@ class Replica:
         else:
             self.failed(only.path, said or 'it could not be done over there')
         return code
+
+    def holds_unlisted(self, step: Step) -> bool:
+        """Whether what is in the way of a step, in a directory that was never listed, may be for --mirror to
+        remove once it is. That is tried once: what find need not list stays."""
+        return (self.options.mirror and step.entry is not None and not self.tries.get(step.path)
+                and not any(path.startswith(step.path + '/') for path in self.source.left_out.known))
 
     def try_again(self, steps: List[Step]) -> None:
         """Puts off once more those of them that had failed by themselves: see is_blocked."""
@@ -3731,8 +3736,7 @@ def keep_in_step(options: Options, source: Source, replica: Replica, hooks: Hook
         # inotify tells that the root went only once nobody works in it any more
         if not source.gone and source.root_identity() != source.identity:
             source.hint_everything()
-        busy = False
-        looked = False
+        busy = looked = False
         if not replica.answers:         # else it has to be known first what became of what was sent
             if source.has_hints() and not replica.far.is_crowded():
                 replica.take_in(source.look())
