@@ -121,7 +121,7 @@ get() {
 take() {
   [ "$1" != 0 ] || return 0
   case $taker in
-    1) dd ibs=65536 obs=65536 count="$1" iflag=count_bytes,fullblock status=none ;;
+    1) dd ibs=262144 obs=262144 count="$1" iflag=count_bytes,fullblock status=none ;;
     2) head -c "$1" | cat ;;            # uutils' reads too much if its output is a file
     3) dd ibs=65536 obs=65536 count=$(($1 / 65536)) iflag=fullblock 2>/dev/null && {
          [ $(($1 % 65536)) = 0 ] || dd ibs=$(($1 % 65536)) obs=65536 count=1 iflag=fullblock 2>/dev/null; } ;;
@@ -479,8 +479,10 @@ find_sum() {
 # nonce: what somebody prints behind that is none of it. The arguments are find's, for what is left out.
 list() {
   find_tool find || found="find"
+  "$found" . "$@" -printf "$nonce %y %m %s %T@ %D %p//%l.$nonce\n" 2>/dev/null && return
+  ended=$?
   if "$found" . -maxdepth 0 -printf '%y %m %s %T@ %D %p%l' >/dev/null 2>&1; then     # toybox knows no %y
-    "$found" . "$@" -printf "$nonce %y %m %s %T@ %D %p//%l.$nonce\n" || was_killed $?
+    was_killed $ended
   else
     find . "$@" ! -type l -exec stat -c "$nonce x%f - %s %Y %d %n//.$nonce" {} + || was_killed $?
     # shellcheck disable=SC2016 # the inner shell expands it
@@ -620,6 +622,7 @@ main() {
 BULK_BYTES = 1 << 20            # the largest file that travels whole; over a slow link less
 BULK_PATHS = 1000               # in one record, at most
 RECORD_BYTES = 4 << 20          # of the backlog in one record, at most: large ones save processes over there
+PART_BYTES = 32 << 20           # the same of a large file, of which nothing is in memory here
 LEAST_BYTES = 1 << 14           # the same, however slow the link
 SCRIPT_BYTES = 1 << 16          # the largest file that a far side without tar gets as a line of its shell
 SCRIPT_UMASK = 0o022            # see do_bulk in the receiver
@@ -628,7 +631,7 @@ BLOCK = 1 << 16                 # parts of a large file begin at multiples of th
 SUMS_BYTES = 8 << 20            # of a large file whose sums are asked for in one record
 JOBS = 8                        # large files on their way at once
 PIPE_BYTES = 1 << 20            # asked of the kernel for the pipes to the connection command
-WINDOW_BYTES = 32 << 20         # on the way and not answered, at most
+WINDOW_BYTES = 64 << 20         # on the way and not answered, at most
 CROWD = 32                      # records on their way, at which changes are gathered
 READY_SECONDS = 40              # for the far side to answer at all
 BEAT_SECONDS, SILENT_SECONDS = 12, 25   # idle before a heartbeat, waiting before a connection is given up
@@ -833,17 +836,19 @@ def needing_room() -> Iterator[None]:
                    '%s; set TMPDIR, or use --no-gitignore' % error)
 
 
+AT_END = contextlib.ExitStack()         # what is to be cleared up before we end
+
+
 @functools.lru_cache(maxsize=None)
-def empty_repository() -> Any:
+def empty_repository() -> str:
     """Git reads a .gitignore only where there is a repository: this is one, elsewhere, until we end."""
-    import atexit
     import tempfile
     with needing_room():
-        top = tempfile.TemporaryDirectory(prefix='file_replicator.git.')
-        atexit.register(top.cleanup)
+        top = AT_END.enter_context(tempfile.TemporaryDirectory(prefix='file_replicator.git.'))
+        AT_END.callback(empty_repository.cache_clear)
         for name in ('objects', 'refs'):
-            os.mkdir(os.path.join(top.name, name))
-        with open(os.path.join(top.name, 'HEAD'), 'w') as file:
+            os.mkdir(os.path.join(top, name))
+        with open(os.path.join(top, 'HEAD'), 'w') as file:
             file.write('ref: refs/heads/none\n')
     return top
 
@@ -897,7 +902,7 @@ class Git:
         return ''
 
     def use_empty_repository(self) -> None:
-        self.environment.update(GIT_DIR=empty_repository().name, GIT_WORK_TREE=self.top)
+        self.environment.update(GIT_DIR=empty_repository(), GIT_WORK_TREE=self.top)
 
     def run(self, *words: str, given: bytes = b'') -> bytes:
         for _ in range(GIT_TRIES):      # a repository may be in the making
@@ -1606,7 +1611,8 @@ class Source:
 
     def put(self, path: str, entry: Entry) -> None:
         """Takes note of what was found at a path."""
-        if (self.tree.get(path) or UNKNOWN).inode != entry.inode:
+        before = self.tree.get(path)
+        if before is not None and before.inode != entry.inode:
             self.forget_name(path)
         self.tree.put(path, entry)
 
@@ -2012,8 +2018,6 @@ def believe(listed: Iterable[Tuple[str, Entry]], local: Tree, known: Tree,
     here it is the same object, so that a later rename is known by the inode. `made_ns` is as for plan()."""
     remote = Tree()
     for path, entry in listed:
-        if parent(path) not in remote.inside:
-            continue                    # what is above is not ours
         here, before = local.get(path), known.get(path)
         if here is not None and before is not None and is_another(before, here, made_ns, path):
             here = None
@@ -2026,8 +2030,8 @@ def believe(listed: Iterable[Tuple[str, Entry]], local: Tree, known: Tree,
         elif path and before is not None:
             if before.kind == entry.kind and (entry.kind == 'd' or before[2:4] == entry[2:4]):
                 entry = entry._replace(inode=before.inode, ctime_ns=before.ctime_ns)
-        elif path and not ours(path, entry):
-            continue
+        elif path and (parent(path) not in remote.inside or not ours(path, entry)):
+            continue                    # nor is what is in what is not ours
         remote.put(path, entry)
     return remote
 
@@ -2208,8 +2212,8 @@ class Connection:
         self.out: Deque[Any] = collections.deque()      # memoryviews and FileSlices
         self.flight: Deque[Sent] = collections.deque()
         self.number = self.bytes_in_flight = 0
-        # What may be on the way, and how much of the backlog goes in one record: see adapt.
-        self.window, self.record_bytes = WINDOW_BYTES // 8, BULK_BYTES
+        # What may be on the way, and how much of a large file goes in one record: see adapt.
+        self.window, self.record_bytes = WINDOW_BYTES // 16, BULK_BYTES
         self.answered = 0.0             # when the last answer came
         self.round_trip = 0.0           # seconds, the least that a heartbeat took; 0: not known
         self.is_full = False            # the pipe took no more: that it does again shows that somebody reads
@@ -2268,10 +2272,14 @@ class Connection:
             pieces = [b''.join(pieces)]
         self.out.extend(memoryview(each) if isinstance(each, bytes) else each for each in pieces)
 
+    def slice_bytes(self) -> int:
+        """How much of the backlog goes in one record."""
+        return min(RECORD_BYTES, self.record_bytes)
+
     def has_room(self) -> bool:
         """Whether more of the backlog may follow: little enough is on the way, and no more than a record of
         it still here, that a fresh edit need not wait long."""
-        return self.bytes_in_flight < self.window and sum(map(len, self.out)) < self.record_bytes
+        return self.bytes_in_flight < self.window and sum(map(len, self.out)) < self.slice_bytes()
 
     def adapt(self, waited: float, took: float) -> None:
         """What a large record teaches of the link, from how long it was on the way, and how long after the
@@ -2285,7 +2293,7 @@ class Connection:
         if took > 0.4:
             self.record_bytes = max(LEAST_BYTES, self.record_bytes // 2)
         elif took < 0.1:
-            self.record_bytes = min(RECORD_BYTES, self.record_bytes * 4)
+            self.record_bytes = min(PART_BYTES, self.record_bytes * 4)
 
     def is_crowded(self) -> bool:
         """Whether so much waits for answers that changes had better gather here: what changes all the time is
@@ -2535,7 +2543,7 @@ class Connection:
             while ((self.process.poll() is None if self.at_rest else self.signal(0))
                    and time.monotonic() < end):
                 self.process.stdout.read(PIPE_BYTES)    # who cannot write cannot end either
-                time.sleep(0.002)
+                time.sleep(0.0005)
             self.signal(number)
         with contextlib.suppress(subprocess.TimeoutExpired):    # sudo's is not ours to end
             self.process.wait(1)
@@ -2860,6 +2868,7 @@ class Replica:
         source.own_staging = far.staging
         if self.begun and source.watch.fd is None:
             source.hint_everything()    # nothing else tells what changed meanwhile
+        far.write()                     # that it begins while we look
         changed = source.look()
         self.waiting.update(changed)
         self.since = {} if self.since is None else {**self.since, **changed}
@@ -2923,7 +2932,7 @@ class Replica:
         unlisted, mounts = self.source.unlisted, self.mounts
         root_device = None
         for path, entry, device in self.far.entries():
-            staging = STAGING.fullmatch(path.partition('/')[0])
+            staging = path.startswith('.file_replicator.') and STAGING.fullmatch(path.partition('/')[0])
             if staging and not staging[1] and (self.options.dry_run or path.startswith(self.far.staging)):
                 continue                # the probe would remove it, or made it
             # what could not be read here is not what is not here; of what is mounted only ours is removed
@@ -3118,7 +3127,7 @@ class Replica:
                 busy = busy or state is not False
         # what seems to be gone of a source that is gone may not be
         may = self.far.has_room() and (looked or not self.far.is_crowded()) and not self.source.gone
-        size, some, most = 0, {}, self.far.record_bytes if may else 0
+        size, some, most = 0, {}, self.far.slice_bytes() if may else 0
         path = ''
         while self.waiting and len(some) < BULK_PATHS and size < most:
             # Where it can, it ends with a directory, whose time else would have to be set once more.
@@ -3245,7 +3254,7 @@ class Replica:
         """New directories, files and links: together, or where they failed before, or cannot, one by one."""
         batch: List[Tuple[Step, bytes]] = []
         large: List[Tuple[Step, bytes]] = []    # that are faster by themselves; behind their directories
-        size, most = 0, self.far.record_bytes * 2
+        size, most = 0, self.far.slice_bytes() * 2
         for count, step in enumerate(steps):
             if count % 64 == 0:
                 self.far.write()        # the far side need not be idle meanwhile
@@ -3446,7 +3455,7 @@ class Replica:
         for at in self.patch(job, fd, part):
             yield at > 0
         while at < entry.size and not job.failed:
-            length = min(entry.size - at, self.far.record_bytes * 2)
+            length = min(entry.size - at, self.far.record_bytes)
             part('-' if at else '=', at, length)
             at += length
             self.report.moved(length)
@@ -3488,7 +3497,7 @@ class Replica:
             return
         import hashlib
         # Each costs some milliseconds over there, so they are the larger the faster the link is.
-        block = BLOCK * max(-(-common // (BLOCK * 256)), self.far.record_bytes // (BLOCK * 16))
+        block = BLOCK * max(-(-common // (BLOCK * 256)), self.far.slice_bytes() // (BLOCK * 16))
         block = min(SUMS_BYTES, block)
         some = SUMS_BYTES // block * block
         asked, at, end = 0, 0, common // block * block
@@ -3516,7 +3525,7 @@ class Replica:
                     job.fault = error
                     return
                 if hashlib.new(self.can.sum[:-3], data).hexdigest() != there:
-                    most = max(BLOCK, self.far.record_bytes * 2 // BLOCK * BLOCK)
+                    most = max(BLOCK, self.far.record_bytes // BLOCK * BLOCK)
                     for start in range(at, at + block, most):
                         part(str(start // BLOCK), start, min(most, at + block - start))
                 at += block
@@ -4001,8 +4010,8 @@ def main(argv: Sequence[str]) -> int:
     except Stopped:
         return 0
     finally:
-        gc.freeze()                     # nor need the end look through all of them once more
+        AT_END.close()
 
 
 if __name__ == '__main__':
-    raise SystemExit(main(sys.argv[1:]))
+    os._exit(main(sys.argv[1:]))        # what we know of a large tree need not be given back piece by piece

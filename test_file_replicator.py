@@ -4806,7 +4806,7 @@ while held:
 
 @pytest.mark.parametrize('most, before', [(1, 150), (1 << 30, 260)], ids=['little on the way', 'much on the way'])
 def test_a_fresh_edit_goes_before_the_backlog(tmp_path, monkeypatch, most, before):
-    fault_other_number(monkeypatch, tmp_path, 'WINDOW_BYTES = 32 << 20', 'WINDOW_BYTES = 8 << 20')
+    fault_other_number(monkeypatch, tmp_path, 'WINDOW_BYTES = 64 << 20', 'WINDOW_BYTES = 8 << 20')
     source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
     for i in range(320):
         write('%s/backlog/%d' % (source, i), FAULT_BIG[:50000])
