@@ -1373,8 +1373,10 @@ class Source:
             is_directory = bool(mask & flags.ISDIR)
             comes = mask & (flags.CREATE | flags.MOVED_TO)
             comes_or_goes = comes or mask & (flags.DELETE | flags.MOVED_FROM)
-            if comes_or_goes:
-                self.hint(directory, CONTENT if name == '.git' and self.left_out.ask_git else META)
+            begins = bool(mask & flags.CREATE) and not is_directory and not self.complete_at_birth(path)
+            if comes_or_goes:           # what only begins is sent once it is closed, and its directory with it
+                why = CONTENT if name == '.git' and self.left_out.ask_git else META
+                self.hint(directory, why, QUIET_SECONDS * begins, NEW_SECONDS)
             # with it moved the rules that stand in it, or came to where others stood
             if self.left_out.ask_git and is_directory and (
                     mask & flags.MOVED_TO and path in self.tree.inside
@@ -1389,9 +1391,10 @@ class Source:
                 self.report.debug('event', shown(path), str(flags.from_mask(mask)))
             before = self.tree.get(path)
             why, delay, most = META, 0.0, 0.0
-            if (mask & flags.CLOSE_WRITE or comes and is_directory
-                    or mask & flags.CREATE and self.complete_at_birth(path)):
+            if mask & flags.CLOSE_WRITE or mask & flags.CREATE and not begins or comes and is_directory:
                 why = CONTENT
+                if directory in self.later:
+                    self.hint(directory, META)
             elif comes_or_goes and not mask & flags.CREATE:
                 # What went may have left its number to another: where no file system says when that was made,
                 # size and time prove nothing.

@@ -8452,6 +8452,19 @@ def records_of(running, change):
     return re.findall(r' record (?:bulk|dir|file|meta|move|remove) \d+ \d+ (.*)', running.err()[before:])
 
 
+def test_a_new_file_does_not_wait_for_the_time_of_its_directory(tmp_path, monkeypatch):
+    fault_other_number(monkeypatch, tmp_path, 'QUIET_SECONDS = 0.2', 'QUIET_SECONDS = 9')
+    source, there = option_source(tmp_path, 'D/f')
+    with option_watching(tmp_path, '--debugging') as running:
+        before = len(running.err())
+        with open(str(source / 'D/new'), 'w') as file:
+            until(lambda: re.search('event D/new .*CREATE', running.err()), 10, running.log)
+            file.write('new')
+        until_equal(str(source), str(there), 5, running=running)
+        sent = re.findall(r' record (file|meta) .*', running.err()[before:])
+        assert sent == ['file', 'meta'], running.err()[before:]
+
+
 def test_a_directory_is_opened_behind_what_is_closed_in_it(tmp_path):
     source, there = option_source(tmp_path, 'D/f')
     os.chmod(str(source / 'D'), 0o700)
