@@ -145,20 +145,27 @@ settle() {
 # Passes over the bytes of a record that cannot be used.
 skip() { take "$length" >/dev/null; settle; }
 
-# Appends the bytes of this record to the file $1. True if all of them are there.
+# Gives the bytes of this record to a command. True if all of them got there, and it did all it should: if
+# take is killed, the command takes what it got for all. What it does not take goes nowhere.
+give() {
+  took=$({
+    { take "$length"; echo $? >&3; } | if "$@" >&2; then echo 0 >&3; else cat >/dev/null; fi
+  } 3>&1)
+  settle && [ "$took" = "0${newline}0" ]
+}
+
+# Appends the bytes of this record to the file $1. True if all of them are there. Where they did not fit, the
+# shell passes over the rest, two megabytes a second: so once that was, another process writes, and the rest
+# goes nowhere.
 store() {
+  [ -z "$tight" ] || { give append "$1"; return; }
   took=''
   { take "$length"; took=$?; } >>"$1"
   [ -n "$took" ] || { skip; return 1; }         # it could not be opened
+  [ "$took" = 0 ] || tight='tight'
   settle && [ "$took" = 0 ]
 }
-
-# Gives the bytes of this record to a command. True if all of them got there, and it did all it should: if
-# take is killed, the command takes what it got for all.
-give() {
-  took=$({ { take "$length"; echo $? >&3; } | { "$@" >&2; echo $? >&3; }; } 3>&1)
-  settle && [ "$took" = "0${newline}0" ]
-}
+append() { cat >>"$1"; }
 
 # True if everything above the path $1 is a directory and none of it a link: nothing is written, moved or
 # removed through a link. RACE: somebody over there may put a link in after this looked; whoever can do that
@@ -245,8 +252,12 @@ do_file() {
 do_part() {
   umask 077
   [ "$w1" = = ] || [ -f "$stage/$w2" ] || { skip; echo "what was staged of it is gone"; return 1; }
-  case $w1 in = | -) store "$stage/$w2"; return ;; esac
-  give dd ibs=65536 obs=65536 seek="$w1" conv=notrunc of="$stage/$w2"
+  case $w1 in
+    = | -) store "$stage/$w2" ;;
+    *) give dd ibs=65536 obs=65536 seek="$w1" conv=notrunc of="$stage/$w2" ;;
+  esac && return
+  rm -f "$stage/$w2"                    # what follows of it need not be tried
+  return 1
 }
 
 # base NAME BLOCKS SIZE FROM: adds to the staged file NAME what stands at the path FROM times 64 KiB into it,
@@ -563,7 +574,7 @@ main() {
   locale=$FILE_REPLICATOR FILE_REPLICATOR=$nonce
   shift 6
   mark=.file_replicator.$nonce-new stage=./.file_replicator.$nonce staged='' temp='' acl='' root_time=''
-  touch='touch' tar='tar' applet=''
+  touch='touch' tar='tar' applet='' tight=''
   exec 2>&1
   if [ -h "$root" ] || [ ! -d "$root" ]; then
     case $flags in *d*) echo; echo "$nonce ready"; echo "$nonce listed"; exit ;; esac
@@ -622,7 +633,7 @@ main() {
 BULK_BYTES = 1 << 20            # the largest file that travels whole; over a slow link less
 BULK_PATHS = 1000               # in one record, at most
 RECORD_BYTES = 4 << 20          # of the backlog in one record, at most: large ones save processes over there
-PART_BYTES = 32 << 20           # the same of a large file, of which nothing is in memory here
+PART_BYTES = 16 << 20           # the same of a large file, of which nothing is in memory here
 LEAST_BYTES = 1 << 14           # the same, however slow the link
 SCRIPT_BYTES = 1 << 16          # the largest file that a far side without tar gets as a line of its shell
 SCRIPT_UMASK = 0o022            # see do_bulk in the receiver
@@ -631,7 +642,7 @@ BLOCK = 1 << 16                 # parts of a large file begin at multiples of th
 SUMS_BYTES = 8 << 20            # of a large file whose sums are asked for in one record
 JOBS = 8                        # large files on their way at once
 PIPE_BYTES = 1 << 20            # asked of the kernel for the pipes to the connection command
-WINDOW_BYTES = 64 << 20         # on the way and not answered, at most
+WINDOW_BYTES = 32 << 20         # on the way and not answered, at most
 CROWD = 32                      # records on their way, at which changes are gathered
 READY_SECONDS = 40              # for the far side to answer at all
 BEAT_SECONDS, SILENT_SECONDS = 12, 25   # idle before a heartbeat, waiting before a connection is given up
@@ -1004,6 +1015,7 @@ class RulesAlone(Git):
         self.work_tree = self.above[-1] if self.directory and self.above else self.here
         with needing_room():
             self.room = tempfile.TemporaryDirectory(prefix='file_replicator.git.')
+            AT_END.callback(self.room.cleanup)  # which may have been done by then
         self.top = os.path.join(self.room.name, os.path.relpath(self.here, self.work_tree))
         self.environment = {'GIT_DIR': self.directory, **git.environment, 'GIT_WORK_TREE': self.room.name}
         self.is_directory = {'': True}          # each that is above a path: whether it is one here, too
@@ -1249,6 +1261,13 @@ class Watch:
             return path                 # it is watched as a part of the tree
         if before != path and path[:1] not in ('', '\0') and is_behind_link(full[:-len(path)], path):
             return path                 # by now; the link leads to what is watched already
+        if before != path and path[:1] not in ('', '\0'):
+            root = full[:-len(path)]
+            with contextlib.suppress(OSError):
+                if os.path.samefile(full, root + before) and not is_behind_link(root, before):
+                    self.give_up('%s and %s are one directory, as a bind mount makes it, and inotify '
+                                 'tells of changes in one of them' % (shown(before), shown(path)))
+                    return path
         if self.descriptors.get(path) != descriptor:
             self.forget(path)           # another stood there
             self.descriptors.pop(self.paths.get(descriptor), None)
@@ -1373,8 +1392,9 @@ class Source:
             is_directory = bool(mask & flags.ISDIR)
             comes = mask & (flags.CREATE | flags.MOVED_TO)
             comes_or_goes = comes or mask & (flags.DELETE | flags.MOVED_FROM)
-            begins = bool(mask & flags.CREATE) and not is_directory and not self.complete_at_birth(path)
-            if comes_or_goes:           # what only begins is sent once it is closed, and its directory with it
+            begins = (bool(mask & flags.CREATE) and not is_directory and not self.left_out(path, False)
+                      and not self.complete_at_birth(path))
+            if comes_or_goes:           # what only begins goes once it is closed, and its directory with it
                 why = CONTENT if name == '.git' and self.left_out.ask_git else META
                 self.hint(directory, why, QUIET_SECONDS * begins, NEW_SECONDS)
             # with it moved the rules that stand in it, or came to where others stood
@@ -2216,7 +2236,7 @@ class Connection:
         self.flight: Deque[Sent] = collections.deque()
         self.number = self.bytes_in_flight = 0
         # What may be on the way, and how much of a large file goes in one record: see adapt.
-        self.window, self.record_bytes = WINDOW_BYTES // 16, BULK_BYTES
+        self.window, self.record_bytes = WINDOW_BYTES // 8, BULK_BYTES
         self.answered = 0.0             # when the last answer came
         self.round_trip = 0.0           # seconds, the least that a heartbeat took; 0: not known
         self.is_full = False            # the pipe took no more: that it does again shows that somebody reads
@@ -2279,10 +2299,12 @@ class Connection:
         """How much of the backlog goes in one record."""
         return min(RECORD_BYTES, self.record_bytes)
 
-    def has_room(self) -> bool:
+    def has_room(self, looked: bool) -> bool:
         """Whether more of the backlog may follow: little enough is on the way, and no more than a record of
-        it still here, that a fresh edit need not wait long."""
-        return self.bytes_in_flight < self.window and sum(map(len, self.out)) < self.slice_bytes()
+        it still here, that a fresh edit need not wait long. Where many records are on their way, only after a
+        look (`looked`), so that edits and it take turns."""
+        return (self.bytes_in_flight < self.window and sum(map(len, self.out)) < self.slice_bytes()
+                and (looked or not self.is_crowded()))
 
     def adapt(self, waited: float, took: float) -> None:
         """What a large record teaches of the link, from how long it was on the way, and how long after the
@@ -3119,17 +3141,16 @@ class Replica:
 
     def fill(self, looked: bool) -> bool:
         """Sends of what can wait as much as there is room for: a part of each large file, and a slice of the
-        backlog; after a look that too where many records are on their way, so that edits and it take turns.
-        Whether there may be more to do at once."""
+        backlog. Whether there may be more to do at once."""
         busy = False
         for path, job in list(self.jobs.items())[:JOBS]:
-            if self.far.has_room():
+            if self.far.has_room(looked):
                 state = next(job.parts, None)
                 if state is None and self.jobs.get(path) is job:
                     del self.jobs[path]
                 busy = busy or state is not False
         # what seems to be gone of a source that is gone may not be
-        may = self.far.has_room() and (looked or not self.far.is_crowded()) and not self.source.gone
+        may = self.far.has_room(looked) and not self.source.gone
         size, some, most = 0, {}, self.far.slice_bytes() if may else 0
         path = ''
         while self.waiting and len(some) < BULK_PATHS and size < most:
@@ -4013,6 +4034,8 @@ def main(argv: Sequence[str]) -> int:
     except Stopped:
         return 0
     finally:
+        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(each, signal.SIG_IGN)
         AT_END.close()
 
 

@@ -2785,6 +2785,19 @@ def test_a_full_disk_names_what_does_not_fit_and_it_arrives_once_there_is_room(f
             assert not fault_staging(far)
 
 
+def test_on_a_full_disk_edits_do_not_wait_each_time_that_a_large_file_is_tried_again(fault_open):
+    tmp, source = fault_open, fault_open + '/src'
+    write(source + '/edited', '')
+    with fault_tmpfs(tmp + '/far', 'size=30m'), Running(tmp, source, tmp + '/far', 'dash') as running:
+        write(source + '/big', FAULT_BIG * 10)
+        running.says('No space left on device', 60)
+        end, number = time.monotonic() + 8, 0
+        while time.monotonic() < end:           # it is tried again after 1, 3 and 7 seconds
+            number += 1
+            write(source + '/edited', str(number))
+            until(lambda: fault_holds(tmp + '/far', 'src/edited', str(number).encode()), 3, running.log)
+
+
 @pytest.mark.parametrize('before, after, named', [
     ({}, {'big': FAULT_BIG, 'a/small': b'fits'}, ['big']),
     ({}, dict({'a/%03d' % i: b'y' * 9000 for i in range(600)}, **{'a/small': b''}), ['a/599']),
@@ -4806,7 +4819,7 @@ while held:
 
 @pytest.mark.parametrize('most, before', [(1, 150), (1 << 30, 260)], ids=['little on the way', 'much on the way'])
 def test_a_fresh_edit_goes_before_the_backlog(tmp_path, monkeypatch, most, before):
-    fault_other_number(monkeypatch, tmp_path, 'WINDOW_BYTES = 64 << 20', 'WINDOW_BYTES = 8 << 20')
+    fault_other_number(monkeypatch, tmp_path, 'WINDOW_BYTES = 32 << 20', 'WINDOW_BYTES = 8 << 20')
     source, far = str(tmp_path / 'src'), str(tmp_path / 'far')
     for i in range(320):
         write('%s/backlog/%d' % (source, i), FAULT_BIG[:50000])
@@ -5525,6 +5538,18 @@ def test_a_replica_that_is_its_source_by_another_path_is_refused(fault_open):
         done = once('--mirror', fault_open + '/p/x', fault_open + '/q', 'bash', expect=1, timeout=20)
     assert 'choose another destination' in done.stderr and fault_holds(fault_open, 'p/x/file', b'precious')
     assert os.listdir(fault_open + '/p/x') == ['file']
+
+
+def test_a_directory_that_stands_twice_in_the_source_is_followed_at_both_places(fault_open):
+    source, far = fault_open + '/src', fault_open + '/far'
+    write(source + '/d/e/f', 'at first')
+    os.makedirs(source + '/same')
+    with fault_mount(source + '/same', '--bind', source + '/d'):
+        with Running(fault_open, source, far, 'bash') as running:
+            running.says('d and same are one directory')
+            for name in 'd', 'same', 'd/e', 'same/e':
+                write('%s/%s/%s' % (source, name, name.replace('/', '-')), name)
+                until_equal(source, far + '/src', 10, running=running)
 
 
 def fault_receiver(root, flags, **env):
@@ -8463,6 +8488,32 @@ def test_a_new_file_does_not_wait_for_the_time_of_its_directory(tmp_path, monkey
         until_equal(str(source), str(there), 5, running=running)
         sent = re.findall(r' record (file|meta) .*', running.err()[before:])
         assert sent == ['file', 'meta'], running.err()[before:]
+
+
+def test_a_signal_while_it_clears_up_at_its_end_changes_nothing(tmp_path):
+    source, there = option_source(tmp_path, 'a', '.gitignore')
+    (tmp_path / 'tmp').mkdir()
+    for _ in range(5):
+        process = subprocess.Popen(command('--no-replicate-on-change', source, there.parent, 'bash'), stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.PIPE, env=dict(os.environ, TMPDIR=str(tmp_path / 'tmp')))
+        stood = False
+        while process.poll() is None:
+            stands = any((tmp_path / 'tmp').glob('*/HEAD'))
+            if stood and not stands:
+                process.send_signal(signal.SIGTERM)
+                break
+            stood = stands
+        assert process.communicate()[1] == b'' and process.returncode == 0
+        assert stood and not os.listdir(str(tmp_path / 'tmp'))
+
+
+def test_a_left_out_file_that_is_never_replicated_keeps_nothing_waiting(tmp_path, monkeypatch):
+    fault_other_number(monkeypatch, tmp_path, 'QUIET_SECONDS = 0.2', 'QUIET_SECONDS = 9')
+    source, there = option_source(tmp_path, 'D/f')
+    with option_watching(tmp_path, '--exclude', '*.o') as running:
+        with open(str(source / 'D/new.o'), 'w'):
+            until(lambda: os.stat(str(there / 'D')).st_mtime_ns == os.stat(str(source / 'D')).st_mtime_ns, 4, running.log)
+            running.in_step(2)
 
 
 def test_a_directory_is_opened_behind_what_is_closed_in_it(tmp_path):
