@@ -2877,7 +2877,6 @@ class Replica:
         self.unhooked: Dict[str, None] = {}         # and since the remote hook last began
         self.last_sent: Dict[str, float] = {}       # for --update-interval
         self.since: Optional[Dict[str, int]] = None         # what changed since the first look
-        self.unsure: Set[str] = set()               # where something may still stand that was about to go
         self.unlisted: Set[str] = set()             # directories that could not be listed when last we sent
         self.drifts = 0                             # in a row, without coming into step
         self.begun = self.announced = False         # begun: a first meeting came to its end
@@ -2922,8 +2921,6 @@ class Replica:
         if far.can or self.overlaps() and not options.dry_run:
             self.probe()                # before anything is touched
         hints = {path: CONTENT for path, why in self.waiting.items() if why >= OTHER}
-        # what stands there may look as what came there since, so that is sent
-        hints.update((path, CONTENT) for path in self.unsure if source.tree.get(path) is not None)
         self.excused.difference_update(self.waiting)
         if self.begun or options.initial:
             if options.clean_out and not self.begun:
@@ -2937,7 +2934,6 @@ class Replica:
             self.excused.update(set(differences(source.tree, self.remote)) - hints.keys())
         self.remote.put('', self.remote.get('') or source.tree.get(''))
         del far.listing[:]
-        self.unsure.clear()
         self.waiting.clear()
         if len(hints) > 1 and not options.dry_run:      # it has to wait for answers anyway
             far.send('beat')            # for how long is known from one that waits for nothing else
@@ -3642,13 +3638,14 @@ class Replica:
             self.tries.get(above) and not self.remote.is_directory(above) for above in ancestors(path))
 
     def still_there(self, path: str) -> None:
-        """Notes that a path may still stand over there, and so the directories above it do."""
+        """Notes that a path may still stand over there, and so the directories above it do. What came there
+        since may look the same, so that is sent."""
         for directory in ancestors(path):
             if not self.remote.is_directory(directory):
                 self.remote.put(directory, Entry('d', 0o700))
         if self.remote.get(path) is None:
             self.remote.put(path, UNKNOWN)
-        self.unsure.add(path)
+        self.source.hint(path, CONTENT)
 
     def failed(self, path: str, why: str, hint: int = CONTENT) -> None:
         """Says once why a path could not be replicated ('': that was said already), and has it tried again if
