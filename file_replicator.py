@@ -1018,7 +1018,7 @@ class RulesAlone(Git):
             AT_END.callback(self.room.cleanup)  # which may have been done by then
         self.top = os.path.join(self.room.name, os.path.relpath(self.here, self.work_tree))
         self.environment = {'GIT_DIR': self.directory, **git.environment, 'GIT_WORK_TREE': self.room.name}
-        self.is_directory = {'': True}          # each that is above a path: whether it is one here, too
+        self.above_paths: Set[str] = set()      # directories whose rules are copied, where they are ones here
         for directory in [self.here, *(self.above if self.directory else ())]:
             self.copy_rules(directory)
 
@@ -1035,12 +1035,11 @@ class RulesAlone(Git):
 
     def ignores(self, paths: Sequence[str]) -> Set[str]:
         above = {directory for path in paths for directory in ancestors(path)}
-        for directory in sorted(above - self.is_directory.keys()):
+        for directory in above - self.above_paths:
             full = os.path.join(self.here, directory)
-            is_one = self.is_directory[parent(directory)] and os.path.isdir(full) and not os.path.islink(full)
-            self.is_directory[directory] = is_one
-            if is_one:
+            if os.path.isdir(full) and not is_behind_link(self.here, directory + '/'):
                 self.copy_rules(full)
+        self.above_paths |= above
         return super().ignores(paths)
 
 
@@ -1120,10 +1119,6 @@ class LeftOut:
             self.alone[top] = self.alone.get(top) or RulesAlone(self.git[top])
             ignored |= self.alone[top].ignores(list(behind))
         return ignored
-
-    def was_blind(self) -> bool:
-        """Whether git was asked about a directory that was elsewhere for a moment."""
-        return any(git.went and os.path.isdir(git.top) for git in self.git.values())
 
     def within(self, path: str, is_directory: bool = False) -> bool:
         """Whether a path or anything above it is left out: for paths that stand only over there."""
@@ -1497,7 +1492,8 @@ class Source:
                 for path in filter(lambda path: os.path.lexists(self.full(path)), self.vanished):
                     self.hint(path, LOOK)
                 self.vanished.clear()
-                if self.left_out.was_blind():
+                # Nor what git leaves out, where it was asked meanwhile.
+                if any(git.went and os.path.isdir(git.top) for git in self.left_out.git.values()):
                     self.hint_everything()
                 self.listen()
                 if not self.hints:
@@ -2901,7 +2897,7 @@ class Replica:
             source.listen()
             if source.has_hints():
                 self.look_meanwhile()
-        retry.connected()
+        retry.since = time.monotonic()
         self.session = far.nonce
         while True:
             self.look_meanwhile()
@@ -3807,9 +3803,6 @@ class Retry:
         self.delay = 0.0
         self.confirmed, self.stuck_since = -1, 0.0      # how much was replicated, since which loss
         self.taken: List[float] = []    # when our staging was taken away
-
-    def connected(self) -> None:
-        self.since = time.monotonic()
 
     def say_connected(self) -> None:
         """Not at once: a connection that can write nothing, as to a full disk, ends before."""
