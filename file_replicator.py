@@ -3000,7 +3000,7 @@ class Replica:
                              'size and time are compared')
         hints.setdefault('', META)
         hints.update((path, CONTENT) for path in fresh if local.get(path) is not None)
-        for path in local.below('') if sums else ():
+        for path in local.below('') if tool != '-' else ():
             here, there = local.get(path), remote.get(path)
             if (there is not None and here.kind == there.kind == 'f' and here.size == there.size
                     and path not in self.excused):
