@@ -515,13 +515,6 @@ list_mounts() {
   cat /proc/self/mounts 2>/dev/null
 }
 
-# Lists the sums of all files.
-list_sums() {
-  find_sum
-  echo "$nonce sums $sum"
-  find . "$@" -type f -exec "$sum" {} + 2>/dev/null
-}
-
 # Ends what is left of the session $1: bytes may still be on their way to its shell, as behind docker, or a
 # tool of it be at work yet, and both would change what we have looked at. A shell is known by the call it
 # began with, a tool by its environment.
@@ -601,7 +594,11 @@ main() {
   esac
   list_mounts
   list "$@"
-  case $flags in *c*) list_sums "$@" ;; esac
+  case $flags in
+    *c*) find_sum
+         echo "$nonce sums $sum"
+         find . "$@" -type f -exec "$sum" {} + 2>/dev/null ;;
+  esac
   echo "$nonce listed"
   while read -r verb id count w1 w2 w3 w4; do
     set --
@@ -2899,14 +2896,13 @@ class Replica:
                 self.look_meanwhile()
         retry.since = time.monotonic()
         self.session = far.nonce
-        while True:
-            self.look_meanwhile()
-            if not source.gone:         # else what was seen of it may have been half of it
-                break
+        self.look_meanwhile()
+        while source.gone:              # what was seen of it may have been half of it
             if not options.watch:
                 raise Stop('%s went while it was looked at' % shown(source.root))
             retry.say_connected()
             far.turn(1)
+            self.look_meanwhile()
         if far.listed_as('at') and all(path for path, _, _ in far.entries()):
             raise (Lost if self.begun else Stop)(
                 'what stands in %s cannot be listed: the far side has neither a find with -printf nor a stat '
