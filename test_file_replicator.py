@@ -6587,14 +6587,14 @@ def test_checksum_knows_the_sum_of_a_file_however_its_name_ends(tmp_path, name, 
     assert not option_lines(option_once(tmp_path, '--checksum', far=far).stdout, 'sent', 'updated')
 
 
-def test_checksum_where_the_far_side_can_make_none_says_so(tmp_path):
+def test_checksum_where_the_far_side_can_make_none_says_so_and_sends_nothing_that_looks_the_same(tmp_path):
     source, there = option_source(tmp_path, 'a')
     words = shell_command(tmp_path, 'dash')
     once('--no-replicate-on-change', source, there.parent, *words)
     for name in ('sha256sum', 'sha1sum', 'md5sum'):
         write(str(tmp_path / 'shims-dash' / name), '#!/bin/sh\nexit 1\n', 0o755)
     done = once('--no-replicate-on-change', '--checksum', source, there.parent, *words, expect=None)
-    assert 'sha256sum' in done.stderr, (done.stdout, done.stderr)
+    assert 'sha256sum' in done.stderr and 'sent' not in done.stdout, (done.stdout, done.stderr)
 
 
 @pytest.mark.parametrize('far, exists, options', [
