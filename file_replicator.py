@@ -2894,7 +2894,7 @@ class Replica:
             source.listen()
             if source.has_hints():
                 self.look_meanwhile()
-        retry.since = time.monotonic()
+        retry.connected()
         self.session = far.nonce
         self.look_meanwhile()
         while source.gone:              # what was seen of it may have been half of it
@@ -3799,6 +3799,9 @@ class Retry:
         self.delay = 0.0
         self.confirmed, self.stuck_since = -1, 0.0      # how much was replicated, since which loss
         self.taken: List[float] = []    # when our staging was taken away
+
+    def connected(self) -> None:
+        self.since = time.monotonic()
 
     def say_connected(self) -> None:
         """Not at once: a connection that can write nothing, as to a full disk, ends before."""
