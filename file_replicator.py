@@ -1502,6 +1502,8 @@ class Source:
             if not self.tree.is_directory(path):        # only now: one that moved has kept its watch
                 self.watch.forget(path)
         self.replaced.clear()
+        if CONTENT in self.renamed.values():    # it came where nobody watched yet, as something found there
+            self.changed.update((path, CONTENT) for path, why in self.changed.items() if why == LOOK)
         self.renamed.clear()
         changed, self.changed = self.changed, {}
         return changed

@@ -1580,6 +1580,19 @@ def test_bytes_that_changed_in_a_directory_that_is_renamed_twice_in_one_look_are
     source.watch.give_up('the end')
 
 
+def test_bytes_that_changed_before_a_rename_to_where_nobody_watched_yet_are_sent(tmp_path):
+    """Of the rename only one event comes, and the other name it tells was never sent."""
+    top = str(tmp_path / 'source')
+    write(top + '/a', 'one', mtime_ns=10**18)
+    source = looked_at(top)
+    os.rename(top + '/a', top + '/between')
+    write(top + '/between', 'two', mtime_ns=10**18)
+    os.makedirs(top + '/b/c')
+    os.rename(top + '/between', top + '/b/c/e')
+    assert look_again(source)['b/c/e'] == fr.CONTENT
+    source.watch.give_up('the end')
+
+
 def test_a_link_that_became_a_file_while_it_was_looked_at_is_looked_at_again(monkeypatch, capsys, tmp_path):
     source = looked_at(str(tmp_path))
     link, readlink = str(tmp_path / 'link'), os.readlink
