@@ -4409,7 +4409,7 @@ def test_a_link_put_in_the_way_while_the_bytes_are_on_their_way_is_not_followed(
     with Running(tmp_path, source, far, *relay) as running:
         running.process.send_signal(signal.SIGSTOP)         # so that it sends them together
         for number in range(5):
-            write(source + '/x/%d' % number, os.urandom(40000))
+            write(source + '/x/%d' % number, os.urandom(80000))
         running.process.send_signal(signal.SIGCONT)
         until(lambda: any(os.listdir(each) for each in glob.glob(replica + '/.file_replicator.*')), 10, running.log)
         os.rename(replica + '/x', replica + '/y')
