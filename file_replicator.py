@@ -2194,6 +2194,7 @@ class FileSlice:
                 data = os.pread(self.file.fileno(), min(self.length, BLOCK), self.start)
             except OSError as error:
                 self.job.fault = error
+        self.job.shrank = self.job.shrank or not data
         return os.write(pipe, data or bytes(min(self.length, BLOCK)))
 
 
@@ -2821,6 +2822,7 @@ class Job:
         self.name, self.step = name, step
         self.failed = ''                # why, over there
         self.fault: Optional[OSError] = None    # why, here
+        self.shrank = False             # so there are zeros in it that never were in the file
         self.unanswered = 0             # parts
         self.is_staged = False          # all of it
         self.parts: Iterator[bool] = iter(())       # each sends a part (True), or waits for an answer (False)
@@ -3485,7 +3487,7 @@ class Replica:
             self.unreadable(path, job.fault)
         elif job.failed:
             self.failed(path, job.failed)
-        elif still or self.unstable.get(path, 0) > 1 and after.st_size >= entry.size:
+        elif still or self.unstable.get(path, 0) > 1 and after.st_size >= entry.size and not job.shrank:
             here = self.source.tree.get(path)
             if here is not None and here.kind == 'f':   # by now it may keep out who could read it
                 entry = entry._replace(mode=entry.mode & here.mode)
